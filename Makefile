@@ -1,0 +1,53 @@
+# `make` lists the targets. PYTHON, VENV and TORCH may be set: make demo TORCH="torch==2.13.0+cpu"
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)-dev ## create the environment with everything the tests need
+
+demo: $(INSTALLED) ## install, then draw a picture with the model inside the package
+	$(BIN)/triptych generate "a red heart" -o demo.png
+	@echo "The picture is in $(CURDIR)/demo.png"
+
+test: lint ## lint, types, import contracts and the tests
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(INSTALLED)-dev ## the tests that take longer
+	$(BIN)/pytest -m slow
+
+lint: $(INSTALLED)-dev ## lint, formatting, types and import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)-dev ## sort imports and format
+	$(BIN)/ruff check --fix --select I
+	$(BIN)/ruff format
+
+docs: $(INSTALLED)-docs ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean: ## remove the environment and everything generated
+	rm -rf $(VENV) site dist demo.png .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+# PyTorch first and on its own, so that TORCH decides which build of it the rest is installed around.
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "$(TORCH)"
+	$(PIP) install -e .
+	touch $@
+
+$(INSTALLED)-%: $(INSTALLED)
+	$(PIP) install -e ".[$*]"
+	touch $@

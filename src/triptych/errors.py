@@ -1,0 +1,106 @@
+"""Every error Triptych raises on purpose, sorted by who has to act on it.
+
+The base classes say who is at fault: the caller (`UsageError`), the model repository (`ModelError`), the family's own
+recipe (`RecipeError`) or what arrived over a hop (`WireError`). Messages are written for a person; the fields a program
+needs are attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class TriptychError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class UsageError(TriptychError, ValueError):
+    """The caller asked for something that cannot be done as asked."""
+
+
+class ModelError(TriptychError):
+    """The model repository is missing something, broken or not supported."""
+
+
+class RecipeError(TriptychError):
+    """A family's recipe (its stages and their declarations) contradicts itself: a bug in the family's file."""
+
+
+class WireError(TriptychError):
+    """Bytes that arrived are not a valid state, or a state cannot be put into bytes."""
+
+
+class ParameterError(UsageError):
+    """A request parameter has a value that is not accepted; `field` and `value` name it."""
+
+    def __init__(self, field: str, value: object, accepted: str) -> None:
+        super().__init__(f"{field}={value!r}: {accepted}")
+        self.field = field
+        self.value = value
+        self.accepted = accepted
+
+
+class UnknownParameterError(UsageError):
+    """A request names a parameter that the family does not have."""
+
+    def __init__(self, field: str, family: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        super().__init__(f"{family} has no parameter {field!r}{did_you_mean(field, known)}. It takes: {', '.join(known)}")
+        self.field = field
+        self.known = known
+
+
+class RoleError(UsageError):
+    """A role's name is not one of the roles, or a family refuses the role."""
+
+
+class WrongRoleError(UsageError):
+    """A role was handed a state whose next segment belongs to another role, or a result was asked for too early."""
+
+
+class UnsupportedFamilyError(ModelError):
+    """No family file serves the repository's pipeline class."""
+
+
+class ComponentFileError(ModelError):
+    """A file of a component is missing, truncated or not what its name says; `path` names it."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+
+
+class UnknownDtypeError(ModelError):
+    """A component's dtype was left to the checkpoint and the checkpoint does not tell."""
+
+
+class HollowComponentError(RecipeError):
+    """A stage ran a component, or a part of one, whose weights its role did not load."""
+
+    def __init__(self, component: str, role: str, stage: str | None, part: str | None = None) -> None:
+        what = f"{part!r} of component {component!r}" if part else f"component {component!r}"
+        where = f"stage {stage!r}" if stage else "code outside any stage"
+        super().__init__(
+            f"{where} ran {what}, but role {role!r} loads only its configuration: "
+            "the stage's needs must declare how much of it is used"
+        )
+        self.component, self.role, self.stage, self.part = component, role, stage, part
+
+
+class UndeclaredError(RecipeError):
+    """A stage touched a component or a field that it does not declare."""
+
+    def __init__(self, stage: str, kind: str, name: str) -> None:
+        super().__init__(f"stage {stage!r} uses {kind} {name!r} without declaring it")
+        self.stage, self.kind, self.name = stage, kind, name
+
+
+class Cancelled(TriptychError):
+    """The request was cancelled between two steps."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the closest known name, or nothing."""
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,153 @@
+"""A family: the recipe of one pipeline class, as declarations that are checked before anything is loaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from typing import Any, ClassVar
+
+from triptych.components.need import Need, join
+from triptych.components.repository import Repository
+from triptych.errors import ParameterError, RoleError, TriptychError, UsageError, did_you_mean
+from triptych.request import pipeline_parameters
+from triptych.roles import RoleType
+from triptych.stages.base import Stage, stage_name
+from triptych.stages.graph import check_components, check_recipe
+
+
+class Family:
+    """Base of all families. A subclass is a handful of declarations, its stages, and `admit`.
+
+    Attributes:
+        pipelines: the pipeline classes served, by their names in `model_index.json` and in diffusers.
+        tasks: what the family can do: task, and one line that says it. The first is the default.
+        geometry: components whose configuration the diffusers pipeline's constructor reads, in every role.
+        admission: further components whose configuration `admit` reads.
+        refused: parameters of the pipeline that a request may not carry.
+        fps: frames per second of a video family.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]
+    tasks: ClassVar[Mapping[str, str]]
+    geometry: ClassVar[Mapping[str, Need]] = {}
+    admission: ClassVar[Mapping[str, Need]] = {}
+    refused: ClassVar[frozenset[str] | set[str]] = frozenset()
+
+    def __init__(self, repository: Repository) -> None:
+        self.repository = repository
+        self.recipe: list[tuple[str, type[Stage]]] = []
+        self.compose()
+
+    def compose(self) -> None:
+        """Add the family's stages, in order, by `add_stage`."""
+        raise TypeError(f"{type(self).__name__} adds no stages: it must override compose()")
+
+    def add_stage(self, factory: type[Stage], name: str | None = None) -> None:
+        """Append a stage to the recipe. It is built later, and only in a process that has its role."""
+        self.recipe.append((name or stage_name(factory), factory))
+
+    def task_of(self, parameters: Mapping[str, Any]) -> str:
+        """Return the task that a request's parameters ask for."""
+        return next(iter(self.tasks))
+
+    def admit(self, parameters: dict[str, Any], helpers: Any) -> None:
+        """Check a request's parameters and settle those that depend on the model (sizes), in place.
+
+        Args:
+            helpers: the family's diffusers pipeline over hollow components.
+
+        Raises:
+            ParameterError: a value is not accepted; nothing has been computed yet.
+        """
+
+    def validate_disagg_role(self, role: RoleType) -> None:
+        """Refuse a role that the family cannot run in, with a reason.
+
+        Raises:
+            RoleError: it cannot.
+        """
+        if role not in (RoleType.MONOLITHIC, RoleType.SERVER) and all(stage.role != role for _, stage in self.recipe):
+            raise RoleError(f"{self.repository.family} has no stages for the role {role.value!r}")
+
+    @cached_property
+    def oracle(self) -> type[Any]:
+        """The diffusers pipeline class of the repository."""
+        import diffusers
+
+        cls: type[Any] = getattr(diffusers, self.repository.family)
+        return cls
+
+    @cached_property
+    def parameters(self) -> dict[str, object]:
+        """The request parameters and their defaults."""
+        return pipeline_parameters(self.oracle.__call__, self.refused)
+
+    def check(self) -> None:
+        """Prove the whole graph, whatever role is loaded; reads no weights.
+
+        Raises:
+            RecipeError: the stages' declarations contradict each other.
+            ModelError: the repository lacks a component that a stage needs.
+        """
+        check_recipe(self.recipe, self.parameters, self.repository.family)
+        check_components(self.recipe, self.repository)
+
+    def needs_of(self, stage: type[Stage]) -> dict[str, Need]:
+        """Return what a stage needs of this repository: its own needs and what its helpers' constructor reads."""
+        return self.present(join([self.geometry, stage.needs]))
+
+    def present(self, needs: Mapping[str, Need]) -> dict[str, Need]:
+        """Leave out optional components that this checkpoint does not have or does not use."""
+        return {
+            name: need
+            for name, need in needs.items()
+            if name in self.repository.components and (need.condition is None or need.condition(self.repository.options))
+        }
+
+    def select_tasks(self, tasks: str | Iterable[str] | None) -> frozenset[str]:
+        """Return the tasks to load for: all where `tasks` is None.
+
+        Raises:
+            ParameterError: one is not a task of the family.
+        """
+        if tasks is None:
+            return frozenset(self.tasks)
+        wanted = {task.strip().lower().replace("_", "-") for task in ([tasks] if isinstance(tasks, str) else tasks)}
+        for task in wanted:
+            if task not in self.tasks:
+                hint = did_you_mean(task, self.tasks)
+                raise ParameterError("tasks", task, f"{self.repository.family} does {', '.join(self.tasks)}{hint}")
+        if not wanted:
+            raise ParameterError("tasks", tasks, f"name at least one of {', '.join(self.tasks)}")
+        return frozenset(wanted)
+
+
+def check_inputs(helpers: Any, parameters: Mapping[str, Any]) -> None:
+    """Let the diffusers pipeline check the parameters by its own rules.
+
+    Raises:
+        UsageError: it refuses them.
+    """
+    check: Callable[..., None] = helpers.check_inputs
+    accepted = inspect.signature(check).parameters
+    try:
+        check(**{name: parameters.get(name) for name in accepted})
+    except (ValueError, TypeError) as error:
+        if isinstance(error, TriptychError):
+            raise
+        raise UsageError(str(error)) from error
+
+
+def check_multiple(parameters: Mapping[str, Any], names: Iterable[str], multiple: int) -> None:
+    """Check that sizes are multiples of what the model works in.
+
+    Raises:
+        ParameterError: one is not; the message gives the nearest sizes that are.
+    """
+    for name in names:
+        size = parameters[name]
+        if size % multiple:
+            below, above = size // multiple * multiple, (size // multiple + 1) * multiple
+            nearest = f"{below} or {above}" if below else str(above)
+            raise ParameterError(name, size, f"a multiple of {multiple} is accepted; the nearest: {nearest}")

@@ -1,0 +1,135 @@
+"""Requests: what a caller asks for. Parameters carry the names and defaults of the family's own pipeline."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from triptych.errors import ParameterError, UnknownParameterError
+
+OWN = {"seed": None, "exact": True}
+"""Parameters every family has beside its pipeline's: the seed (drawn where None) and bit-equality with the oracle."""
+
+NEVER = frozenset(
+    ("self", "generator", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback_steps")
+)
+"""Parameters of pipelines that a request cannot carry: `seed` takes the place of `generator`."""
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class Request:
+    """One request: parameters by name, checked when a model admits it.
+
+    `Request(prompt="a red fox", seed=7)`; see `triptych families` for what a family takes.
+    """
+
+    def __init__(self, **parameters: object) -> None:
+        self.parameters = parameters
+
+    def __repr__(self) -> str:
+        return f"Request({', '.join(f'{name}={value!r}' for name, value in self.parameters.items())})"
+
+
+def pipeline_parameters(call: Callable[..., object], refused: Iterable[str] = ()) -> dict[str, object]:
+    """Return the request parameters of a pipeline with their defaults, read off its `__call__`."""
+    hidden = NEVER | set(refused)
+    parameters = {
+        name: parameter.default
+        for name, parameter in inspect.signature(call).parameters.items()
+        if name not in hidden and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }
+    return {name: None if default is inspect.Parameter.empty else default for name, default in parameters.items()} | OWN
+
+
+def fill_in(
+    given: Mapping[str, object], defaults: Mapping[str, object], better: Mapping[str, object], family: str
+) -> dict[str, object]:
+    """Return all parameters of a request: what was given, else the model's own default, else the pipeline's.
+
+    Raises:
+        UnknownParameterError: a given parameter is not one of the family's.
+        ParameterError: a value is of the wrong kind or out of range.
+    """
+    for name in given:
+        if name not in defaults:
+            raise UnknownParameterError(name, family, defaults)
+    values = {**defaults, **{name: value for name, value in better.items() if name in defaults}, **given}
+    for name, value in values.items():
+        if value is None and defaults[name] is not None and name != "seed":
+            values[name] = value = better.get(name, defaults[name])
+        if value is not None and (check := _CHECKS.get(name)) is not None:
+            check(name, value)
+    if values["seed"] is None:
+        values["seed"] = random.SystemRandom().randrange(2**32)
+    return values
+
+
+def split_prompts(given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one set of parameters per prompt where `prompt` is a list, else the parameters as they are.
+
+    Raises:
+        ParameterError: the list is empty, or `negative_prompt` is a list of another length.
+    """
+    prompts = given.get("prompt")
+    if not isinstance(prompts, (list, tuple)):
+        return [dict(given)]
+    if not prompts:
+        raise ParameterError("prompt", prompts, "the list is empty")
+    negative = given.get("negative_prompt")
+    if isinstance(negative, (list, tuple)):
+        if len(negative) != len(prompts):
+            raise ParameterError("negative_prompt", negative, f"{len(prompts)} prompts need as many, or a single one")
+        return [{**given, "prompt": one, "negative_prompt": other} for one, other in zip(prompts, negative)]
+    return [{**given, "prompt": one} for one in prompts]
+
+
+def _text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ParameterError(name, value, f"a text is accepted, not {type(value).__name__}")
+
+
+def _count(least: int, most: float = math.inf) -> Callable[[str, object], None]:
+    def check(name: str, value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            limit = f" and at most {most}" if most < math.inf else ""
+            raise ParameterError(name, value, f"a whole number of at least {least}{limit} is accepted")
+
+    return check
+
+
+def _number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ParameterError(name, value, "a finite number is accepted")
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ParameterError(name, value, "True or False is accepted")
+
+
+def _output_type(name: str, value: object) -> None:
+    if value not in OUTPUT_TYPES:
+        raise ParameterError(name, value, f"one of {', '.join(OUTPUT_TYPES)} is accepted")
+
+
+_CHECKS: dict[str, Callable[[str, object], None]] = {
+    "prompt": _text,
+    "negative_prompt": _text,
+    "height": _count(1),
+    "width": _count(1),
+    "num_frames": _count(1),
+    "num_inference_steps": _count(1),
+    "num_images_per_prompt": _count(1),
+    "num_videos_per_prompt": _count(1),
+    "max_sequence_length": _count(1),
+    "guidance_scale": _number,
+    "guidance_scale_2": _number,
+    "true_cfg_scale": _number,
+    "seed": _count(0, 2**64 - 1),
+    "exact": _flag,
+    "output_type": _output_type,
+}

@@ -1,0 +1,250 @@
+"""What a request comes back with, and how it becomes files."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Literal, TypeAlias, TypeGuard
+
+from triptych.errors import ParameterError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+    from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    Floats: TypeAlias = npt.NDArray[np.floating] | torch.Tensor
+
+DEFAULT_FPS = 16.0
+"""Frames per second of a video whose family names no rate."""
+
+_FORMATS = {
+    "images": {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"},
+    "videos": {".mp4": "MP4", ".gif": "GIF", ".webp": "WEBP"},
+}
+_QUALITY = 95
+"""Of JPEG and WebP, which both run from 0 to 100."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Result:
+    """The outputs of one request, exactly as the family's own pipeline returns them for the request's `output_type`.
+
+    Attributes:
+        images: `pil` a list of PIL images; `np` floats (n, height, width, channels) and `pt` floats
+            (n, channels, height, width), both in [0, 1]; `latent` the denoised latents. None where the family makes
+            no images.
+        frames: videos. `pil` one list of PIL images per video; `np` floats (n, frames, height, width, channels);
+            `pt` floats (n, frames, channels, height, width); `latent` the denoised latents.
+        fps: frames per second of `frames`; None where the family names no rate.
+        audio: samples, with `sample_rate` in Hz.
+        mesh: a 3D shape.
+        seed: what the random generator started from, drawn or given.
+        timings: seconds spent in each stage, by the stage's name.
+        parameters: the request's parameters.
+    """
+
+    seed: int
+    images: list[Image] | Floats | None = None
+    frames: list[list[Image]] | Floats | None = None
+    fps: float | None = None
+    audio: Floats | None = None
+    sample_rate: int | None = None
+    mesh: object | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, object] = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Write the images or videos and return the files written, in order.
+
+        The suffix decides the format: `.png`, `.jpg`, `.jpeg` and `.webp` for images (JPEG drops transparency), `.mp4`,
+        `.gif` and `.webp` for videos. One output gets `path` itself, several get a number: `fox-0.png`, `fox-1.png`.
+        A PNG carries the seed and the parameters as JSON in its text chunk `parameters`. Files appear complete or not
+        at all, and replace what was there.
+
+        Raises:
+            UsageError: the suffix does not suit the outputs, the folder does not exist, or the outputs are latents.
+            ParameterError: `fps` is not a rate, or not one the format can play.
+        """
+        path = Path(path)
+        latent = self.parameters.get("output_type") == "latent"
+        writers: list[Callable[[BinaryIO], None]]
+        if self.images is not None:
+            format = check_path(path, "images")
+            text = self._png_text() if format == "PNG" else None
+            writers = [_image_writer(_picture(image), format, text) for image in _split(self.images, 4, latent)]
+        elif self.frames is not None:
+            format = check_path(path, "videos")
+            if self.audio is not None and format == "MP4":
+                raise UsageError("MP4 is written without sound: save a copy with audio=None, and the audio by itself")
+            fps = DEFAULT_FPS if self.fps is None else self.fps
+            writers = [_video_writer(video, format, fps) for video in _split(self.frames, 5, latent)]
+        else:
+            raise UsageError("this result has neither images nor frames to save")
+        if not writers:
+            raise UsageError("this result is empty: there is nothing to save")
+        paths = [path] if len(writers) == 1 else [path.with_stem(f"{path.stem}-{k}") for k in range(len(writers))]
+        _write_all(paths, writers)
+        return paths
+
+    def _png_text(self) -> PngInfo:
+        from PIL.PngImagePlugin import PngInfo
+
+        plain = {name: value for name, value in self.parameters.items() if _is_plain(value)}
+        info = PngInfo()
+        info.add_text("parameters", json.dumps({**plain, "seed": self.seed}, ensure_ascii=False))
+        return info
+
+
+def check_path(path: str | os.PathLike[str], outputs: Literal["images", "videos"]) -> str:
+    """Return the format that `path` asks for, once it is known that such outputs can be saved there.
+
+    Raises:
+        UsageError: the suffix does not suit the outputs, or the folder does not exist or cannot be written to.
+    """
+    path = Path(path)
+    formats = _FORMATS[outputs]
+    if path.suffix.lower() not in formats:
+        given = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
+        raise UsageError(f"{path}: {outputs} cannot be saved with {given}; accepted are {', '.join(formats)}")
+    folder = path.parent
+    if not folder.is_dir():
+        raise UsageError(f"{path}: there is no folder {str(folder)!r}; create it first")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{path}: the folder {str(folder)!r} cannot be written to")
+    return formats[path.suffix.lower()]
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a parameter reads as text: a scalar, or a list of scalars; not an image or a tensor."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, (str, int, float, bool))
+
+
+def _split(outputs: Sequence[object] | Floats, rank: int, latent: bool) -> list[object]:
+    """Return the outputs one by one: images of a batch with `rank` 4 dimensions, videos of one with 5."""
+    if latent:
+        raise UsageError("output_type='latent' gives no pictures: only 'pil', 'np' and 'pt' can be saved")
+    if not isinstance(outputs, Sequence) and outputs.ndim != rank:
+        raise UsageError(
+            f"an array of shape {tuple(outputs.shape)} holds no pictures; with output_type='latent' the outputs are "
+            "latents, and only those of 'pil', 'np' and 'pt' can be saved"
+        )
+    return list(outputs)
+
+
+def _picture(picture: object) -> Image:
+    """Return one picture as a PIL image, rounding floats to 8 bits the way diffusers' own image processor does.
+
+    `picture` is a PIL image, a NumPy array (height, width, channels) or a tensor (channels, height, width).
+    """
+    import numpy as np
+    from PIL import Image
+
+    if isinstance(picture, Image.Image):
+        return picture
+    if isinstance(picture, np.ndarray):
+        floats = picture
+    elif _is_tensor(picture):
+        floats = picture.detach().movedim(0, -1).float().cpu().numpy()
+    else:
+        raise UsageError(f"a {type(picture).__name__} is no picture: expected a PIL image, an array or a tensor")
+    fits = floats.ndim == 3 and floats.shape[-1] in (1, 3, 4) and floats.dtype.kind == "f"
+    if not fits or not (floats.min() >= 0 and floats.max() <= 1):  # a NaN is no colour either
+        raise UsageError(
+            f"an array of shape {floats.shape} and type {floats.dtype} is no picture: expected 1, 3 or 4 channels of "
+            "floats from 0 to 1, as output_type='np' and 'pt' give them ('latent' does not)"
+        )
+    pixels = (floats * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether `value` is a tensor, without importing torch for results that hold none."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _image_writer(image: Image, format: str, text: PngInfo | None) -> Callable[[BinaryIO], None]:
+    def write(file: BinaryIO) -> None:
+        if format == "PNG":
+            image.save(file, format, pnginfo=text)
+        else:
+            flat = image.convert("RGB") if format == "JPEG" and image.mode not in ("L", "RGB") else image
+            flat.save(file, format, quality=_QUALITY)
+
+    return write
+
+
+def _video_writer(video: object, format: str, fps: float) -> Callable[[BinaryIO], None]:
+    fastest = {"MP4": 1000, "GIF": 50, "WEBP": 1000}[format]  # GIF counts in 1/100 s, and players slow 1/100 s down
+    if not 0 < fps <= fastest:
+        raise ParameterError("fps", fps, f"{format} plays more than 0 and at most {fastest} frames a second")
+    if not hasattr(video, "__iter__") or not (frames := [_picture(frame) for frame in video]):
+        raise UsageError("a video needs at least one frame, and is a list of PIL images, an array or a tensor")
+
+    def write(file: BinaryIO) -> None:
+        if format == "MP4":
+            _write_mp4(file, frames, fps)
+            return
+        unit = 10 if format == "GIF" else 1  # ms
+        ticks = [round(k * 1000 / fps / unit) for k in range(len(frames) + 1)]  # rounding must not add up
+        durations = [(end - start) * unit for start, end in pairwise(ticks)]
+        quality = {} if format == "GIF" else {"quality": _QUALITY}
+        frames[0].save(file, format, save_all=True, append_images=frames[1:], duration=durations, loop=0, **quality)
+
+    return write
+
+
+def _write_mp4(file: BinaryIO, frames: Sequence[Image], fps: float) -> None:
+    """Encode H.264 (MPEG-4 part 2 where PyAV comes without x264), 4:2:0 and BT.709, which every player shows.
+
+    4:2:0 needs even sizes: the last row or column of an odd one is repeated.
+    """
+    import av
+    import numpy as np
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
+    rate = Fraction(float(fps)).limit_denominator(1001)
+    h264 = "libx264" in av.codecs_available
+    with av.open(file, "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264" if h264 else "mpeg4", rate=rate)
+        stream.options = {"crf": "16"} if h264 else {"qmin": "2", "qmax": "4"}
+        width, height = frames[0].size
+        stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+        stream.colorspace, stream.color_range = Colorspace.ITU709, ColorRange.MPEG
+        stream.color_primaries, stream.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        for k, image in enumerate(frames):
+            pixels = np.asarray(image.convert("RGB"))
+            padded = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            frame = av.VideoFrame.from_ndarray(padded, format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            frame.pts, frame.time_base = k, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _write_all(paths: Sequence[Path], writers: Sequence[Callable[[BinaryIO], None]]) -> None:
+    """Write every file beside its place under another name; when all are complete, move them to their places."""
+    if taken := next((path for path in paths if path.is_dir()), None):
+        raise UsageError(f"{taken}: this is a folder")
+    unfinished = [path.with_name(f".{path.name}.{secrets.token_hex(4)}") for path in paths]
+    try:
+        for partial, write in zip(unfinished, writers):
+            with open(partial, "xb") as file:
+                write(file)
+        for path, partial in zip(paths, unfinished):
+            os.replace(partial, path)
+    finally:
+        for partial in unfinished:
+            partial.unlink(missing_ok=True)

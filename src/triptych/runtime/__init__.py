@@ -1,0 +1,1 @@
+"""Runs a recipe: the part of it that this process's roles have."""

@@ -1,0 +1,303 @@
+"""A loaded model: the components and stages of this process's roles, and what runs requests through them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from triptych.components.blueprint import component_class, has_weights
+from triptych.components.dtypes import DtypeSpec, parse_dtype
+from triptych.components.hollow import is_hollow, running_stage
+from triptych.components.loading import load_component
+from triptych.components.need import Need, join
+from triptych.components.repository import Repository
+from triptych.errors import UsageError, WireError, WrongRoleError
+from triptych.pipelines.base import Family
+from triptych.pipelines.registry import family_of
+from triptych.request import Request, fill_in, split_prompts
+from triptych.result import Result
+from triptych.roles import RoleType, filter_modules_for_role, parse_roles, role_name
+from triptych.stages.base import Stage, Undeclared
+from triptych.stages.graph import live_after, route_of
+from triptych.state import State, View, check_no_meta
+
+log = logging.getLogger(__name__)
+
+OnStep = Callable[[str, int, int], None]
+"""Called with a stage's name, the steps done and the steps in all; raises `Cancelled` to stop the request."""
+
+ADMISSION = "admission"
+"""The name under which checking a request appears in errors."""
+
+
+class Model:
+    """A model, loaded for one or more roles. Made by `triptych.load`.
+
+    Attributes:
+        family: the recipe it runs.
+        roles: the roles this process has; empty for a server.
+        components: what is loaded, by name; hollow components included.
+        stages: the stages this process runs, in order.
+        loaded_bytes: bytes of weights held, by component.
+        device: where it runs.
+    """
+
+    def __init__(
+        self, family: Family, roles: frozenset[RoleType], device: torch.device, dtype: DtypeSpec, tasks: frozenset[str]
+    ) -> None:
+        self.family = family
+        self.roles = roles
+        self.role = role_name(roles)
+        self.device = device
+        self.tasks = tasks
+        self.fingerprint = family.repository.fingerprint
+        self.components: dict[str, Any] = {}
+        self.loaded_bytes: dict[str, int] = {}
+        mine = stages_of(family, roles, tasks)
+        self._load(needs_of(family, roles, tasks), dtype)
+        self.stages = [self._build(name, stage) for name, stage in mine]
+        self._helpers = self._helper_pipeline(ADMISSION, {**family.geometry, **family.admission})
+
+    def is_hollow(self, name: str) -> bool:
+        """Return whether a component has only its configuration here.
+
+        Raises:
+            UsageError: the component is not loaded in this process at all.
+        """
+        if name not in self.components:
+            raise UsageError(f"{name!r} is not loaded here; loaded are: {', '.join(self.components)}")
+        return is_hollow(self.components[name])
+
+    def admit(self, request: Request) -> State:
+        """Check a request and make its state, with every parameter settled and the random state at its start.
+
+        Raises:
+            UsageError: a parameter is unknown, out of range or does not fit the model.
+        """
+        family = self.family
+        fields = fill_in(
+            request.parameters, family.parameters, family.repository.defaults, family.repository.family
+        )
+        task = family.task_of(fields)
+        if task not in self.tasks:
+            raise UsageError(f"this is a request for {task!r}, but the model was loaded for {', '.join(sorted(self.tasks))}")
+        family.admit(fields, self._helpers)
+        fields["generator"] = torch.Generator("cpu").manual_seed(fields["seed"])
+        route = tuple(role for role, _ in route_of(family.recipe, task))
+        return State(family.repository.family, self.fingerprint, task, route, fields=fields)
+
+    def run(self, work: Request | State, *, on_step: OnStep | None = None) -> State:
+        """Run a request, or a state that came from another role, as far as this process's roles reach.
+
+        Raises:
+            UsageError: the request is not acceptable.
+            WrongRoleError: it is another role's turn.
+            WireError: the state belongs to another model.
+            Cancelled: `on_step` said so.
+        """
+        state = self.admit(work) if isinstance(work, Request) else work
+        if state.fingerprint != self.fingerprint or state.family != self.family.repository.family:
+            theirs, ours = f"{state.family} {state.fingerprint}", f"{self.family.repository.family} {self.fingerprint}"
+            raise WireError(f"this state belongs to another model ({theirs}) than the one loaded here ({ours})")
+        if state.next_role not in self.roles:
+            turn = f"it is the {state.next_role}'s turn" if state.next_role else "its result is there already"
+            raise WrongRoleError(f"this state is not for role {self.role!r}: {turn}")
+        while state.next_role in self.roles:
+            self._run_segment(state, on_step)
+        return state
+
+    def generate(self, *, on_step: OnStep | None = None, **parameters: Any) -> Result:
+        """Make what the parameters ask for, in this process. A list of prompts becomes as many requests.
+
+        The parameters are the family's pipeline's own, and `seed`, `output_type`, `exact`.
+
+        Raises:
+            WrongRoleError: this process has not all roles.
+            UsageError: a parameter is not acceptable.
+        """
+        if self.role != RoleType.MONOLITHIC.value:
+            raise WrongRoleError(f"generate() needs a whole model; this one is loaded for role {self.role!r}: use run()")
+        states = [self.admit(Request(**each)) for each in split_prompts(parameters)]
+        return gather([self.run(state, on_step=on_step).result for state in states])
+
+    def _run_segment(self, state: State, on_step: OnStep | None) -> None:
+        recipe = self.family.recipe
+        _, names = route_of(recipe, state.task)[state.position]
+        by_name = {stage.name: stage for stage in self.stages}
+        state.to(self.device)
+        for name in names:
+            stage = by_name[name]
+
+            def report(step: int, steps: int, name: str = name) -> None:
+                if on_step is not None:
+                    on_step(name, step, steps)
+
+            began = time.perf_counter()
+            token = running_stage.set(name)
+            try:
+                with torch.no_grad():
+                    stage.run(View(state.fields, name, stage.reads, stage.writes, report))
+            finally:
+                running_stage.reset(token)
+            state.timings[name] = time.perf_counter() - began
+            check_no_meta(state.fields, stage.writes, name)
+            state.keep(live_after(recipe, state.task, name))
+        state.position += 1
+
+    def _load(self, needs: Mapping[str, Need], dtype: DtypeSpec) -> None:
+        repository = self.family.repository
+        dtypes = parse_dtype(dtype, repository)
+        began = time.perf_counter()
+        for name, need in needs.items():
+            loaded = load_component(repository, name, need, device=self.device, dtypes=dtypes, role=self.role)
+            self.components[name] = loaded.component
+            self.loaded_bytes[name] = loaded.nbytes
+        self._log(needs, time.perf_counter() - began)
+
+    def _log(self, needs: Mapping[str, Need], seconds: float) -> None:
+        """Say once what this role loaded and what it left out."""
+        repository, mine = self.family.repository, {name for name, _ in stages_of(self.family, self.roles, self.tasks)}
+        skipped = [name for name, _ in self.family.recipe if name not in mine]
+        absent = [name for name in repository.components if name not in needs]
+        whole = sum(tensor.nbytes for name in repository.components for tensor in repository.tensors(name).values())
+        held = sum(self.loaded_bytes.values())
+        log.info(
+            "role %s of %s: loaded %s (%.1f MB in %.2f s); skipped stages: %s; skipped components: %s; the whole model's "
+            "files hold %.1f MB",
+            self.role,
+            repository.name,
+            ", ".join(f"{name} ({needs[name]})" for name in needs),
+            held / 1e6,
+            seconds,
+            ", ".join(skipped) or "none",
+            ", ".join(absent) or "none",
+            whole / 1e6,
+        )
+
+    def _build(self, name: str, stage: type[Stage]) -> Stage:
+        needs = self.family.needs_of(stage)
+        declared = {component: self.components[component] for component in needs}
+        absent = {component: None for component in stage.needs if component not in needs}
+        others = {component: Undeclared(name, component) for component in self.family.repository.components}
+        components = {**others, **absent, **declared}
+        return stage(name, components, self._helper_pipeline(name, stage.needs), self.device)
+
+    def _helper_pipeline(self, user: str, declared: Mapping[str, Need]) -> Any:
+        """Build the family's diffusers pipeline from the components that `user` declares; touching others raises."""
+        import inspect
+
+        family = self.family
+        usable = family.present({**family.geometry, **declared})
+        arguments: dict[str, Any] = {}
+        for name in list(inspect.signature(family.oracle.__init__).parameters)[1:]:
+            if name in usable and name in self.components:
+                arguments[name] = self.components[name]
+            elif name in family.repository.components and name not in declared:
+                arguments[name] = Undeclared(user, name)
+            elif name in family.repository.options:
+                arguments[name] = family.repository.options[name]
+            else:
+                arguments[name] = None
+        return family.oracle(**arguments)
+
+
+def gather(results: list[Result]) -> Result:
+    """Join the results of several prompts that shared their other parameters into one, in order."""
+    if len(results) == 1:
+        return results[0]
+    first = results[0]
+    joined = {name: _concatenate([getattr(each, name) for each in results]) for name in ("images", "frames", "audio")}
+    seconds = {stage: sum(each.timings[stage] for each in results) for stage in first.timings}
+    return replace(first, **joined, timings=seconds)
+
+
+def _concatenate(outputs: list[Any]) -> Any:
+    import numpy as np
+
+    if isinstance(outputs[0], torch.Tensor):
+        return torch.cat(outputs)
+    if isinstance(outputs[0], np.ndarray):
+        return np.concatenate(outputs)
+    return None if outputs[0] is None else [item for output in outputs for item in output]
+
+
+def stages_of(family: Family, roles: frozenset[RoleType], tasks: frozenset[str]) -> list[tuple[str, type[Stage]]]:
+    """Return the stages that a process with these roles runs for these tasks."""
+    return [
+        (name, stage)
+        for name, stage in family.recipe
+        if stage.role in roles and (stage.tasks is None or tasks & set(stage.tasks))
+    ]
+
+
+def needs_of(family: Family, roles: frozenset[RoleType], tasks: frozenset[str]) -> dict[str, Need]:
+    """Return what a process with these roles loads, in the order of the model's index.
+
+    A process that admits requests (a server, or one that has the first stage) needs what checking them reads.
+    """
+    mine = [family.needs_of(stage) for _, stage in stages_of(family, roles, tasks)]
+    admits = not roles or family.recipe[0][1].role in roles
+    total = join([*mine, family.present({**family.geometry, **(family.admission if admits else {})})])
+    return {name: total[name] for name in family.repository.components if name in total}
+
+
+def extra_allowed_modules(family: Family, role: RoleType, tasks: frozenset[str]) -> frozenset[str]:
+    """Return the components that a role's stages need beyond those it owns by name; derived from the needs."""
+    names = list(needs_of(family, frozenset((role,)), tasks))
+    return frozenset(names) - set(filter_modules_for_role(names, role))
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """Return the device of that name; `auto` takes the first accelerator there is.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    if str(device) == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device("cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device={str(device)!r} is not available here: {str(error).splitlines()[0]}") from error
+    return picked
+
+
+def load(
+    source: str | Path,
+    *,
+    role: RoleType | str = RoleType.MONOLITHIC,
+    device: str | torch.device = "auto",
+    dtype: DtypeSpec = "auto",
+    tasks: str | Iterable[str] | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Model:
+    """Load a model, or the part of it that one or more roles use.
+
+    Args:
+        source: a folder in the diffusers layout, or a hub id.
+        role: `monolithic`, `encoder`, `denoiser`, `decoder`, several joined by `+`, or `server`, which loads no weights.
+        device: a torch device, or `auto`.
+        dtype: `auto` (the checkpoint's), a dtype, or a mapping from component to dtype with a `default`.
+        tasks: load for these tasks only; None for all that the family has.
+        revision, variant: as in `from_pretrained`.
+
+    Raises:
+        ModelError: the repository is missing, damaged or not served.
+        UsageError: a role, task, device or dtype does not exist.
+    """
+    roles = parse_roles(role)
+    repository = Repository.open(source, revision=revision, variant=variant)
+    family = family_of(repository.family)(repository)
+    family.check()
+    for each in roles or (RoleType.SERVER,):
+        family.validate_disagg_role(each)
+    return Model(family, roles, pick_device(device), dtype, family.select_tasks(tasks))

@@ -1,0 +1,36 @@
+"""What all tests share: no network, one thread, deterministic kernels, and tiny model repositories."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers obeys it too
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products, where there is a GPU
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True, warn_only=True)  # some kernels on a GPU have no such form
+
+TinyRepo = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_repo(tmp_path_factory: pytest.TempPathFactory) -> TinyRepo:
+    """`tiny_repo(family, **variant) -> Path`: built once per session and variant. Read-only: copy it to change it."""
+    built: dict[tuple[str, str], Path] = {}
+
+    def get(family: str, **variant: object) -> Path:
+        key = (family, repr(sorted(variant.items())))
+        if key not in built:
+            folder = tmp_path_factory.mktemp(family)
+            # Building models draws from the global generator; leave it as it was.
+            with torch.random.fork_rng():
+                built[key] = tiny.build(family, folder, **variant)
+        return built[key]
+
+    return get
