@@ -96,9 +96,8 @@ def craft(
     tensors: str | dict | None = None,
     fields: str | dict | None = None,
     data: bytes = bytes(16),
-    version: str = str(FORMAT_VERSION),
     header: str = "{}",
-    **metadata: object,
+    metadata: dict | None = None,
 ) -> bytes:
     """A file with a valid checksum and the given parts; a str is taken as JSON text already."""
     if tensors is None:
@@ -106,7 +105,7 @@ def craft(
     if fields is None:
         fields = {"a": {"$tensor": ["a"]}}
     fields = fields if isinstance(fields, str) else json.dumps(fields)
-    meta = {"xxh3": "0" * 16, "format": version, "header": header, "fields": fields} | metadata
+    meta = metadata or {"xxh3": "0" * 16, "format": str(FORMAT_VERSION), "header": header, "fields": fields}
     entries = tensors if isinstance(tensors, str) else json.dumps(tensors)[1:-1]
     text = f'{{"__metadata__":{json.dumps(meta, separators=(",", ":"))}' + (f",{entries}" if entries else "") + "}"
     text += " " * (-len(text) % 8)
@@ -144,7 +143,7 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
     tensor = tensor.reshape(shape)
     match draw(st.sampled_from(["plain", "transposed", "expanded", "strided"])):
         case "transposed":
-            return tensor.permute(*reversed(range(tensor.dim())))
+            return tensor.permute(list(reversed(range(tensor.dim()))))
         case "expanded":
             return tensor.expand(2, *shape)
         case "strided" if tensor.dim():
@@ -426,9 +425,9 @@ def test_out_read_only_or_with_holes_is_an_error() -> None:
 
 
 def test_a_tensor_that_lies_in_out_is_an_error_and_out_is_left_alone() -> None:
-    out = bytearray(pack({"a": torch.arange(100)}, {}))
+    out = bytearray(pack({"a": torch.arange(400)}, {}))
     before = bytes(out)
-    fields = {"other": [unpack(out)[0]["a"]]}
+    fields = {"other": [unpack(out)[0]["a"][:100]]}
     with pytest.raises(WireError, match=r"other\[0\].*lies in the buffer"):
         pack(fields, {}, out=out)
     assert bytes(out) == before
@@ -455,7 +454,7 @@ Point = collections.namedtuple("Point", "x y")
         collections.defaultdict(int), bytearray(b"a"), memoryview(b"a"), len, int, torch.device("cpu"), torch.nn.Linear(1, 1),
         np.array(["a"]), np.array([None]), np.str_("a"), np.datetime64("2020-01-01"), np.complex128(1), np.array(1, ">f4"),
         np.ma.array([1]), np.longdouble(1), torch.ones(1, dtype=torch.complex128), torch.ones(2).to_sparse(),
-        torch.ones(1, device="meta"), torch.quantize_per_tensor(torch.ones(1), 1.0, 0, torch.qint8),
+        torch.ones(1, device="meta"), torch.ones(1).to_mkldnn() if torch.backends.mkldnn.is_available() else object(),
         Image.new("P", (1, 1)), Image.new("CMYK", (1, 1)), Image.new("F", (1, 1)), Image.new("I;16", (1, 1)),
     ],
     ids=lambda value: type(value).__name__,
@@ -650,7 +649,6 @@ FIELDS = {
     "size of text": {"a": {"$size": ["4"]}},
     "size of bools": {"a": {"$size": [True]}},
     "size of floats": {"a": {"$size": [1.0]}},
-    "size beyond 64 bits": {"a": {"$size": [2**80]}},
     "dtype of nobody": {"a": {"$dtype": "float31"}},
     "dtype a module": {"a": {"$dtype": "os"}},
     "int with underscores": {"a": {"$int": "1_0"}},
@@ -710,21 +708,42 @@ def test_crafted_nesting_in_the_outer_header_is_an_error() -> None:
 def test_another_format_version_is_refused_with_both_versions() -> None:
     for version in ("0", "2", "999", "1.0", ""):
         with pytest.raises(WireError, match=rf"format version {version};.* reads version {FORMAT_VERSION}"):
-            unpack(craft(version=version, entirely="new"))
+            unpack(craft(metadata={"xxh3": "0" * 16, "format": version, "entirely": "new"}))
 
 
 def test_unknown_or_missing_metadata_is_an_error() -> None:
-    for metadata in ({"more": "x"}, {"format": 1}, {"format": None}, {"fields": {}}, {"header": []}, {"header": None}):
+    whole = {"xxh3": "0" * 16, "format": str(FORMAT_VERSION), "header": "{}", "fields": "{}"}
+    unpack(craft({}, {}, b""))
+    for change in ({"more": "x"}, {"format": 1}, {"format": None}, {"fields": {}}, {"header": []}, {"header": None}):
         with pytest.raises(WireError):
-            unpack(craft({}, {}, b"", **metadata))
+            unpack(craft({}, {}, b"", metadata=whole | change))
+    for name in ("format", "header", "fields"):
+        with pytest.raises(WireError):
+            unpack(craft({}, {}, b"", metadata={key: text for key, text in whole.items() if key != name}))
 
 
 def test_a_crafted_header_length_is_an_error() -> None:
     wire = craft()
     length = int.from_bytes(wire[:8], "little")
     for other in (0, 1, 8, length - 8, length - 1, length + 1, length + 8, len(wire), 100_000_008, 2**63, 2**64 - 1):
-        with pytest.raises(WireError):
+        with pytest.raises(WireError, match="does not fit|malformed|JSON"):
             unpack(rehash(struct.pack("<Q", other) + wire[8:]))
+
+
+def test_an_integer_of_any_size_comes_back() -> None:
+    limit = 2**63
+    fields = {"x": [limit - 1, limit, -limit, -limit - 1, 10**5000, -(10**5000)], "size": torch.Size([2**80])}
+    assert same(fields, round_trip(fields))
+
+
+def test_a_header_beyond_the_cap_is_refused_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = bytes(pack({"x": "y" * 2000}, {}))
+    monkeypatch.setattr("triptych.wire.MAX_HEADER_BYTES", 2000)
+    with pytest.raises(WireError, match="more than 2000"):
+        pack({"x": "y" * 2000}, {})
+    with pytest.raises(WireError, match="does not fit"):
+        unpack(wire)
+    assert round_trip({"x": "y" * 1000}) == {"x": "y" * 1000}
 
 
 def test_a_header_that_is_not_ascii_is_an_error() -> None:

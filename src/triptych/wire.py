@@ -237,7 +237,7 @@ class _Writer:
         if isinstance(value, torch.dtype):
             return {"$dtype": str(value).removeprefix("torch.")}
         if isinstance(value, torch.Size):
-            return {"$size": [int(size) for size in value]}
+            return {"$size": [self.value(int(size), path, depth) for size in value]}
         mode = f" of mode {value.mode}" if isinstance(value, Image.Image) else ""
         raise WireError(f"{path}: a value of type {_type_name(value)}{mode} cannot be carried")
 
@@ -270,7 +270,7 @@ def _unpack(buffer: bytes | bytearray | memoryview) -> tuple[dict[str, object], 
     match entries.pop("__metadata__"):
         case {"format": str(version)} if version != str(FORMAT_VERSION):
             raise WireError(f"the state has format version {version}; this Triptych reads version {FORMAT_VERSION}")
-        case {"xxh3": _, "format": _, "header": str(header), "fields": str(fields), **rest} if not rest:
+        case {"xxh3": _, "format": str(), "header": str(header), "fields": str(fields), **rest} if not rest:
             reader = _Reader(_tensors(entries, view, start))
         case _:
             raise WireError("unknown, missing or malformed metadata")
@@ -297,7 +297,7 @@ def _tensors(entries: Mapping[str, object], view: memoryview, start: int) -> dic
         if first != begin or first % dtype.itemsize or start + last > len(view):
             raise WireError(f"tensor {name!r} has offsets {first} to {last}, where {begin} is next")
         count = math.prod(shape)
-        if last - first != count * dtype.itemsize:
+        if math.prod(filter(None, shape)) >= 2**63 or last - first != count * dtype.itemsize:
             raise WireError(f"tensor {name!r} of shape {shape} and dtype {code} does not take {last - first} bytes")
         if count:
             flat = torch.frombuffer(view, dtype=dtype, count=count, offset=start + first)
@@ -354,8 +354,9 @@ class _Reader:
             case "$tuple", [*items]:
                 return tuple([self.value(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(items)])
             case "$size", [*sizes]:
-                if len(numbers := [size for size in sizes if type(size) is int]) == len(sizes):
-                    return torch.Size(numbers)
+                numbers = [self.value(size, path, depth) for size in sizes]
+                if all(type(number) is int for number in numbers):
+                    return torch.Size(numbers)  # type: ignore[arg-type]
             case "$dtype", str(name) if name in _ALL_DTYPES:
                 return _ALL_DTYPES[name]
             case _, [str(name), *rest] if name in self.tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from triptych.components.need import Need, join
 from triptych.components.repository import Repository
 from triptych.errors import ParameterError, RoleError, TriptychError, UsageError, did_you_mean
 from triptych.request import pipeline_parameters
-from triptych.roles import RoleType
+from triptych.roles import RoleType, filter_modules_for_role
 from triptych.stages.base import Stage, stage_name
 from triptych.stages.graph import check_components, check_recipe
 
@@ -96,6 +96,33 @@ class Family:
     def needs_of(self, stage: type[Stage]) -> dict[str, Need]:
         """Return what a stage needs of this repository: its own needs and what its helpers' constructor reads."""
         return self.present(join([self.geometry, stage.needs]))
+
+    def stages_of(self, roles: Collection[RoleType], tasks: Collection[str]) -> list[tuple[str, type[Stage]]]:
+        """Return the stages that a process with these roles runs for these tasks, in order."""
+        return [
+            (name, stage)
+            for name, stage in self.recipe
+            if stage.role in roles and (stage.tasks is None or not stage.tasks.isdisjoint(tasks))
+        ]
+
+    def needs(self, roles: Collection[RoleType], tasks: Collection[str]) -> dict[str, Need]:
+        """Return what a process with these roles loads for these tasks, in the order of the model's index.
+
+        A process that admits requests (a server, or one that has the first stage) needs what checking them reads.
+        """
+        admits = not roles or self.recipe[0][1].role in roles
+        total = join(
+            [
+                self.present({**self.geometry, **(self.admission if admits else {})}),
+                *(self.needs_of(stage) for _, stage in self.stages_of(roles, tasks)),
+            ]
+        )
+        return {name: total[name] for name in self.repository.components if name in total}
+
+    def extra_allowed_modules(self, role: RoleType, tasks: Collection[str] | None = None) -> frozenset[str]:
+        """Return the components a role's stages need beyond those it owns by name; derived from the needs."""
+        names = list(self.needs((role,), self.tasks if tasks is None else tasks))
+        return frozenset(names) - set(filter_modules_for_role(names, role))
 
     def present(self, needs: Mapping[str, Need]) -> dict[str, Need]:
         """Leave out optional components that this checkpoint does not have or does not use."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
+from pathlib import Path
 
 from triptych import pipelines
+from triptych.components.repository import Repository
 from triptych.errors import UnsupportedFamilyError, did_you_mean
 from triptych.pipelines.base import Family
 
@@ -33,3 +35,16 @@ def family_of(pipeline: str) -> type[Family]:
             f"no family serves {pipeline!r}{did_you_mean(pipeline, families())}. Served: {', '.join(families())}"
         )
     return families()[pipeline]
+
+
+def open_family(source: str | Path, *, revision: str | None = None, variant: str | None = None) -> Family:
+    """Open a model repository and prove its family's graph; reads no weights.
+
+    Raises:
+        ModelError: the repository is missing, damaged or not served, or lacks a component.
+        RecipeError: the family's stages contradict each other.
+    """
+    repository = Repository.open(source, revision=revision, variant=variant)
+    family = family_of(repository.family)(repository)
+    family.check()
+    return family

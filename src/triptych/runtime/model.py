@@ -11,18 +11,16 @@ from typing import Any
 
 import torch
 
-from triptych.components.blueprint import component_class, has_weights
 from triptych.components.dtypes import DtypeSpec, parse_dtype
 from triptych.components.hollow import is_hollow, running_stage
 from triptych.components.loading import load_component
-from triptych.components.need import Need, join
-from triptych.components.repository import Repository
+from triptych.components.need import Need
 from triptych.errors import UsageError, WireError, WrongRoleError
 from triptych.pipelines.base import Family
-from triptych.pipelines.registry import family_of
+from triptych.pipelines.registry import open_family
 from triptych.request import Request, fill_in, split_prompts
 from triptych.result import Result
-from triptych.roles import RoleType, filter_modules_for_role, parse_roles, role_name
+from triptych.roles import RoleType, parse_roles, role_name
 from triptych.stages.base import Stage, Undeclared
 from triptych.stages.graph import live_after, route_of
 from triptych.state import State, View, check_no_meta
@@ -59,8 +57,8 @@ class Model:
         self.fingerprint = family.repository.fingerprint
         self.components: dict[str, Any] = {}
         self.loaded_bytes: dict[str, int] = {}
-        mine = stages_of(family, roles, tasks)
-        self._load(needs_of(family, roles, tasks), dtype)
+        mine = family.stages_of(roles, tasks)
+        self._load(family.needs(roles, tasks), dtype)
         self.stages = [self._build(name, stage) for name, stage in mine]
         self._helpers = self._helper_pipeline(ADMISSION, {**family.geometry, **family.admission})
 
@@ -162,7 +160,8 @@ class Model:
 
     def _log(self, needs: Mapping[str, Need], seconds: float) -> None:
         """Say once what this role loaded and what it left out."""
-        repository, mine = self.family.repository, {name for name, _ in stages_of(self.family, self.roles, self.tasks)}
+        repository = self.family.repository
+        mine = {name for name, _ in self.family.stages_of(self.roles, self.tasks)}
         skipped = [name for name, _ in self.family.recipe if name not in mine]
         absent = [name for name in repository.components if name not in needs]
         whole = sum(tensor.nbytes for name in repository.components for tensor in repository.tensors(name).values())
@@ -227,32 +226,6 @@ def _concatenate(outputs: list[Any]) -> Any:
     return None if outputs[0] is None else [item for output in outputs for item in output]
 
 
-def stages_of(family: Family, roles: frozenset[RoleType], tasks: frozenset[str]) -> list[tuple[str, type[Stage]]]:
-    """Return the stages that a process with these roles runs for these tasks."""
-    return [
-        (name, stage)
-        for name, stage in family.recipe
-        if stage.role in roles and (stage.tasks is None or tasks & set(stage.tasks))
-    ]
-
-
-def needs_of(family: Family, roles: frozenset[RoleType], tasks: frozenset[str]) -> dict[str, Need]:
-    """Return what a process with these roles loads, in the order of the model's index.
-
-    A process that admits requests (a server, or one that has the first stage) needs what checking them reads.
-    """
-    mine = [family.needs_of(stage) for _, stage in stages_of(family, roles, tasks)]
-    admits = not roles or family.recipe[0][1].role in roles
-    total = join([*mine, family.present({**family.geometry, **(family.admission if admits else {})})])
-    return {name: total[name] for name in family.repository.components if name in total}
-
-
-def extra_allowed_modules(family: Family, role: RoleType, tasks: frozenset[str]) -> frozenset[str]:
-    """Return the components that a role's stages need beyond those it owns by name; derived from the needs."""
-    names = list(needs_of(family, frozenset((role,)), tasks))
-    return frozenset(names) - set(filter_modules_for_role(names, role))
-
-
 def pick_device(device: str | torch.device) -> torch.device:
     """Return the device of that name; `auto` takes the first accelerator there is.
 
@@ -295,9 +268,7 @@ def load(
         UsageError: a role, task, device or dtype does not exist.
     """
     roles = parse_roles(role)
-    repository = Repository.open(source, revision=revision, variant=variant)
-    family = family_of(repository.family)(repository)
-    family.check()
+    family = open_family(source, revision=revision, variant=variant)
     for each in roles or (RoleType.SERVER,):
         family.validate_disagg_role(each)
     return Model(family, roles, pick_device(device), dtype, family.select_tasks(tasks))

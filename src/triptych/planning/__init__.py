@@ -1,0 +1,1 @@
+"""Says what a model would take before any of it is loaded."""
