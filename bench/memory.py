@@ -48,7 +48,9 @@ def report(model: Path, repeats: int, target: Path | None) -> int:
     rows = []
     plans = {dtype: triptych.plan(model, dtype=dtype) for dtype in ("auto", "float32")}
     print(f"whole model: {plans['auto'].whole_bytes / 1e6:.0f} MB\n")
-    print(f"{'role':<11}{'dtype':<9}{'planned':>9}{'loaded':>9}{'touched':>9}{'peak':>9}{'limit':>9}{'time':>9}{'ratio':>7}")
+    print(
+        f"{'role':<11}{'dtype':<9}{'planned':>9}{'loaded':>9}{'touched':>9}{'peak':>9}{'limit':>9}{'time':>9}{'ratio':>7}"
+    )
     for role in ROLES:
         for dtype, plan in plans.items():
             planned = plan.role_bytes(role)
@@ -67,7 +69,9 @@ def report(model: Path, repeats: int, target: Path | None) -> int:
             sizes = "".join(f"{row[key] / 1e6:>9.0f}" for key in ("planned", "loaded", "touched", "peak", "limit"))
             verdict = "ok" if row["memory_ok"] and row["time_ok"] else "OVER"
             print(f"{role:<11}{dtype:<9}{sizes}{seconds:>9.3f}{row['ratio']:>7.2f}  {verdict}", flush=True)
-    print("\nMB of memory beyond the imported libraries; seconds to load; ratio to reading and cloning the same tensors")
+    print(
+        "\nMB of memory beyond the imported libraries; seconds to load; ratio to reading and cloning the same tensors"
+    )
     if target:
         target.write_text(json.dumps(rows, indent=1) + "\n")
     return 0 if all(row["memory_ok"] and row["time_ok"] for row in rows) else 1

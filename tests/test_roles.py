@@ -52,7 +52,9 @@ def test_a_component_has_its_default_role_with_and_without_a_number(role: RoleTy
     assert get_module_role(f"{name}_13") is role
 
 
-@pytest.mark.parametrize("name", ["scheduler", "hy3dshape_scheduler", "guider", "unheard_of", "vae_x", "my_vae", "vae2"])
+@pytest.mark.parametrize(
+    "name", ["scheduler", "hy3dshape_scheduler", "guider", "unheard_of", "vae_x", "my_vae", "vae2"]
+)
 def test_schedulers_and_unknown_components_have_no_role(name: str) -> None:
     assert get_module_role(name) is None
 

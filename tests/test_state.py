@@ -52,7 +52,9 @@ def test_a_field_that_cannot_be_carried_is_named() -> None:
         some_state(scheduler=object()).to_bytes()
 
 
-@pytest.mark.parametrize("change", [{"position": 9}, {"position": -1}, {"route": ["painter"]}, {"family": 3}, {"task": None}])
+@pytest.mark.parametrize(
+    "change", [{"position": 9}, {"position": -1}, {"route": ["painter"]}, {"family": 3}, {"task": None}]
+)
 def test_a_header_that_makes_no_sense_is_refused(change: dict[str, object]) -> None:
     from triptych import wire
 
@@ -69,7 +71,9 @@ def test_keep_drops_what_is_not_live() -> None:
     assert state.fields == {"seed": 7, "b": 2}
 
 
-@pytest.mark.parametrize("value", [torch.empty(1, device="meta"), [torch.empty(1, device="meta")], {"x": (torch.empty(1, device="meta"),)}])
+@pytest.mark.parametrize(
+    "value", [torch.empty(1, device="meta"), [torch.empty(1, device="meta")], {"x": (torch.empty(1, device="meta"),)}]
+)
 def test_a_tensor_without_data_in_the_state_is_an_error(value: object) -> None:
     with pytest.raises(RecipeError, match="'denoise' left a tensor without data in field 'latents'"):
         check_no_meta({"latents": value}, {"latents"}, "denoise")

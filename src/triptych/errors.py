@@ -7,6 +7,7 @@ needs are attributes.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -46,7 +47,9 @@ class UnknownParameterError(UsageError):
 
     def __init__(self, field: str, family: str, known: Iterable[str]) -> None:
         known = sorted(known)
-        super().__init__(f"{family} has no parameter {field!r}{did_you_mean(field, known)}. It takes: {', '.join(known)}")
+        super().__init__(
+            f"{family} has no parameter {field!r}{did_you_mean(field, known)}. It takes: {', '.join(known)}"
+        )
         self.field = field
         self.known = known
 
@@ -94,6 +97,19 @@ class UndeclaredError(RecipeError):
     def __init__(self, stage: str, kind: str, name: str) -> None:
         super().__init__(f"stage {stage!r} uses {kind} {name!r} without declaring it")
         self.stage, self.kind, self.name = stage, kind, name
+
+
+class RoleProcessError(TriptychError):
+    """The process of a role ended without an answer; `role` and `returncode` (negative: a signal) tell of it."""
+
+    def __init__(self, role: str, returncode: int, last_words: str) -> None:
+        if returncode < 0:
+            hint = "; was there enough memory?" if returncode == -signal.SIGKILL else ""
+            how = f"was killed by {signal.Signals(-returncode).name}{hint}"
+        else:
+            how = f"ended with exit status {returncode}"
+        super().__init__(f"the process of the {role} {how}{f' ({last_words})' if last_words else ''}")
+        self.role, self.returncode = role, returncode
 
 
 class Cancelled(TriptychError):

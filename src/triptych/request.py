@@ -47,7 +47,7 @@ def pipeline_parameters(call: Callable[..., object], refused: Iterable[str] = ()
 
 def fill_in(
     given: Mapping[str, object], defaults: Mapping[str, object], better: Mapping[str, object], family: str
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Return all parameters of a request: what was given, else the model's own default, else the pipeline's.
 
     Raises:

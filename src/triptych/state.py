@@ -82,13 +82,13 @@ class State:
         """
         from triptych import wire
 
-        header = {
+        header: dict[str, wire.JSON] = {
             "family": self.family,
             "fingerprint": self.fingerprint,
             "task": self.task,
             "route": [role.value for role in self.route],
             "position": self.position,
-            "timings": self.timings,
+            "timings": dict[str, wire.JSON](self.timings),
         }
         return wire.pack(self.fields, header, out=out)
 
@@ -122,7 +122,8 @@ class State:
 class View:
     """A state as one stage sees it: the fields it declares as attributes, and nothing else.
 
-    A declared field that no stage wrote for this request's task is None.
+    A declared field that no stage wrote for this request's task is None. A field that a stage only writes can be read
+    back once it was written; one that may be there before must be among its `reads`, or it would not have travelled.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class View:
     ) -> None:
         object.__setattr__(self, "_fields", fields)
         object.__setattr__(self, "_stage", stage)
-        object.__setattr__(self, "_readable", {*reads, *writes})
+        object.__setattr__(self, "_readable", set(reads))
         object.__setattr__(self, "_writable", writes)
         object.__setattr__(self, "_report", report)
 
@@ -149,6 +150,7 @@ class View:
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._writable:
             raise UndeclaredError(self._stage, "field", name)
+        self._readable.add(name)
         self._fields[name] = value
 
     def report_step(self, step: int, steps: int) -> None:
@@ -165,7 +167,9 @@ def check_no_meta(fields: Mapping[str, Any], names: Collection[str], stage: str)
     """
     for name in names:
         if _has_meta(fields.get(name)):
-            raise RecipeError(f"stage {stage!r} left a tensor without data in field {name!r}: it used a hollow component")
+            raise RecipeError(
+                f"stage {stage!r} left a tensor without data in field {name!r}: it used a hollow component"
+            )
 
 
 def _typed(header: Mapping[str, Any], name: str, kind: type[Any]) -> Any:

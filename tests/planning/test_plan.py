@@ -60,7 +60,8 @@ def test_bytes_follow_the_dtype(klein: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("named", "asked", "expected"), [(None, "auto", "bfloat16"), ("float16", "auto", "float16"), ("float16", "float32", "float32")]
+    ("named", "asked", "expected"),
+    [(None, "auto", "bfloat16"), ("float16", "auto", "float16"), ("float16", "float32", "float32")],
 )
 def test_without_weight_files_the_dtype_is_the_asked_the_configured_or_bfloat16(
     klein: Path, tmp_path: Path, named: str | None, asked: str, expected: str

@@ -88,3 +88,9 @@ def test_a_view_gives_declared_fields_only() -> None:
         _ = view.prompt
     with pytest.raises(UndeclaredError, match="'blurring' uses field 'latents'"):
         view.latents = 3
+
+
+def test_a_field_that_is_only_written_cannot_be_read_before_it_was() -> None:
+    view = View({"images": "someone else's"}, "blurring", {"latents"}, {"images"})
+    with pytest.raises(UndeclaredError, match="'blurring' uses field 'images'"):
+        _ = view.images

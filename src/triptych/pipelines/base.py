@@ -129,7 +129,8 @@ class Family:
         return {
             name: need
             for name, need in needs.items()
-            if name in self.repository.components and (need.condition is None or need.condition(self.repository.options))
+            if name in self.repository.components
+            and (need.condition is None or need.condition(self.repository.options))
         }
 
     def select_tasks(self, tasks: str | Iterable[str] | None) -> frozenset[str]:

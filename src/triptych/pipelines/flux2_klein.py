@@ -28,7 +28,7 @@ class TextEncoding(Stage):
 
     role = RoleType.ENCODER
     needs = {"text_encoder": Need.hidden(9, 18, 27), "tokenizer": Need.FULL}
-    reads = {"prompt", "guidance_scale", "max_sequence_length"}
+    reads = {"prompt", "prompt_embeds", "negative_prompt_embeds", "guidance_scale", "max_sequence_length"}
     writes = {"prompt_embeds", "negative_prompt_embeds"}
 
     def run(self, state: View) -> None:
@@ -70,8 +70,8 @@ class Flux2Denoising(Denoising):
 
     needs = {"transformer": Need.FULL, "scheduler": Need.FULL}
     reads = {
-        "prompt_embeds", "negative_prompt_embeds", "image_latents", "image_latent_ids", "generator", "height", "width",
-        "num_images_per_prompt", "num_inference_steps", "sigmas", "guidance_scale", "exact",
+        "prompt_embeds", "negative_prompt_embeds", "image_latents", "image_latent_ids", "generator", "latents", "height",
+        "width", "num_images_per_prompt", "num_inference_steps", "sigmas", "guidance_scale", "exact",
     }  # fmt: skip
     writes = {"latents", "conditioning", "scheduler", "timesteps"}
     shared = frozenset(("txt_ids", "img_ids"))

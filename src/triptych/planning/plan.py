@@ -15,7 +15,6 @@ from triptych.components.dtypes import NAMES, DtypeSpec, parse_dtype, resolve_dt
 from triptych.components.need import Need
 from triptych.components.repository import Repository
 from triptych.errors import UnknownDtypeError
-from triptych.pipelines.base import Family
 from triptych.pipelines.registry import open_family
 from triptych.roles import WORKERS, RoleType
 

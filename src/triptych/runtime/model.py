@@ -79,12 +79,12 @@ class Model:
             UsageError: a parameter is unknown, out of range or does not fit the model.
         """
         family = self.family
-        fields = fill_in(
-            request.parameters, family.parameters, family.repository.defaults, family.repository.family
-        )
+        fields = fill_in(request.parameters, family.parameters, family.repository.defaults, family.repository.family)
         task = family.task_of(fields)
         if task not in self.tasks:
-            raise UsageError(f"this is a request for {task!r}, but the model was loaded for {', '.join(sorted(self.tasks))}")
+            raise UsageError(
+                f"this is a request for {task!r}, but the model was loaded for {', '.join(sorted(self.tasks))}"
+            )
         family.admit(fields, self._helpers)
         fields["generator"] = torch.Generator("cpu").manual_seed(fields["seed"])
         route = tuple(role for role, _ in route_of(family.recipe, task))
@@ -120,7 +120,9 @@ class Model:
             UsageError: a parameter is not acceptable.
         """
         if self.role != RoleType.MONOLITHIC.value:
-            raise WrongRoleError(f"generate() needs a whole model; this one is loaded for role {self.role!r}: use run()")
+            raise WrongRoleError(
+                f"generate() needs a whole model; this one is loaded for role {self.role!r}: use run()"
+            )
         states = [self.admit(Request(**each)) for each in split_prompts(parameters)]
         return gather([self.run(state, on_step=on_step).result for state in states])
 

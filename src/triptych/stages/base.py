@@ -23,7 +23,7 @@ class Stage(ABC):
         role: the role that runs the stage. A class without one is a `TypeError`.
         needs: how much of which component it uses; each is then an attribute of the stage under its own name.
         reads: the fields it takes from the state.
-        writes: the fields it leaves there. It may read those too.
+        writes: the fields it leaves there. It may read back what it wrote.
         tasks: the tasks it is part of; None for all of the family's.
         helpers: the family's own diffusers pipeline, built with the declared components; for its helper methods.
         device: where tensors belong.

@@ -23,7 +23,7 @@ class Forward:
     Attributes:
         component: the model's name.
         branch: the guidance branch (`cond`, `uncond`), which keeps step caches apart.
-        inputs: its keyword arguments. Tensors have one row per output.
+        inputs: its keyword arguments. Tensors have one row per output, lists one entry.
         cache: further arguments of the model's `cache_context`.
     """
 
@@ -57,15 +57,21 @@ class Denoising(Stage):
     def advance(self, state: View, i: int, prediction: Sequence[torch.Tensor]) -> None:
         """Combine the branches and take the scheduler's step."""
 
-    @abstractmethod
     def finish(self, state: View) -> None:
-        """Bring `latents` into the form that the next stage reads."""
+        """Bring `latents` into the form that the next stage reads; nothing to do where they have it."""
 
     def predict(self, inputs: Sequence[Forward], *, exact: bool = True) -> list[torch.Tensor]:
-        """Run the forwards: each by itself, or joined into as few as their shapes allow where `exact` is False."""
+        """Run the forwards: each by itself, or joined into one where `exact` is False and their shapes allow it."""
         if exact or len(inputs) == 1:
             return [self._forward(each) for each in inputs]
-        return self._forward_joined(inputs)
+        aligned = self.align(inputs)
+        if any(shapes(each) != shapes(aligned[0]) for each in aligned):
+            return [self._forward(each) for each in inputs]
+        return self._forward_joined(aligned)
+
+    def align(self, inputs: Sequence[Forward]) -> Sequence[Forward]:
+        """Bring forwards to one shape, so that they can be rows of one; as they are where the model has no mask."""
+        return inputs
 
     def run(self, state: View) -> None:
         self.begin(state)
@@ -100,6 +106,14 @@ class Denoising(Stage):
         """Join one input of several branches: rows one after another, or the value they all share."""
         import torch
 
-        if name in self.shared or not isinstance(values[0], torch.Tensor):
+        if name in self.shared:
             return values[0]
-        return torch.cat(values)
+        if isinstance(values[0], list):
+            return [entry for value in values for entry in value]
+        return torch.cat(values) if isinstance(values[0], torch.Tensor) else values[0]
+
+
+def shapes(forward: Forward) -> tuple[str, dict[str, tuple[int, ...] | None]]:
+    """Return what two forwards must have in common to be rows of one: the model, and the shape of every input."""
+    inputs = {name: getattr(value, "shape", None) for name, value in forward.inputs.items()}
+    return forward.component, {name: shape if shape is None else tuple(shape) for name, shape in inputs.items()}

@@ -29,7 +29,7 @@ def check_recipe(recipe: Recipe, parameters: Collection[str], family: str) -> No
         raise RecipeError(f"{family} has two stages named {twice[0]!r}; give one of them another name")
     known = {*parameters, "generator"}
     for position, (name, stage) in enumerate(recipe):
-        for field in sorted(set(stage.reads) - known - set(stage.writes)):
+        for field in sorted(set(stage.reads) - known):
             _explain_unwritten(recipe, position, field, known, family)
         known |= set(stage.writes)
     if not known & OUTPUTS:

@@ -1,0 +1,74 @@
+"""The command line. Nothing heavy is imported before a command needs it, so that `--help` is immediate."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+import triptych
+from triptych.cli import families, generate, plan
+from triptych.cli.errors import USAGE, say
+
+
+class _Generate(TyperCommand):
+    """Says of its arguments what the parser cannot express: the optional one comes first."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[OPTIONS]", "[MODEL]", "PROMPT"]
+
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(cls=_Generate)(generate.generate)
+app.command()(plan.plan)
+app.command()(families.families)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Run diffusion models, whole or split into encoder, denoiser and decoder, with the same result to the bit.
+
+    A picture with the model that ships:  [bold]triptych generate "a red heart"[/]
+    """
+    if version:
+        print(f"triptych {triptych.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line with these arguments; returns the exit code."""
+    try:
+        return app(arguments, prog_name="triptych", standalone_mode=False) or 0
+    except typer.TyperException as error:  # what the parser refused
+        context: typer.Context | None = getattr(error, "ctx", None)
+        command = context.command_path if context else "triptych"
+        message = error.format_message().rstrip(".")
+        say(f"{message}{'' if message.endswith('?') else '.'} See: {command} --help")
+        return USAGE
+
+
+def main() -> None:
+    """The console script `triptych`."""
+    for name in ("SIGTERM", "SIGHUP"):  # leave by the way that removes temporary files and ends child processes
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _leave)
+    sys.exit(run(sys.argv[1:]))
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)

@@ -1,0 +1,82 @@
+"""Options that several commands have, and what their values mean."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from triptych.errors import UsageError
+
+if TYPE_CHECKING:
+    from triptych.components.dtypes import DtypeSpec
+
+PARAMETER_OPTIONS = {
+    "prompt": "PROMPT",
+    "negative_prompt": "--negative-prompt",
+    "image": "--image",
+    "height": "--height",
+    "width": "--width",
+    "num_frames": "--num-frames",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "true_cfg_scale": "--true-cfg",
+    "max_sequence_length": "--max-sequence-length",
+    "num_images_per_prompt": "--num-images",
+    "num_videos_per_prompt": "--num-images",
+    "seed": "--seed",
+    "exact": "--exact",
+}
+"""The option of `triptych generate` for a request parameter; the others are set by `--param`."""
+
+MODEL_HELP = "A folder in diffusers' layout or a hub id; the emoji model that ships where left out."
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        help="float32, bfloat16, float16 or auto (the checkpoint's); or by component: vae=float32,default=bfloat16.",
+        rich_help_panel="Model",
+    ),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TASK", help="Only for this task; may be repeated. All where left out.", rich_help_panel="Model"
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="A branch, tag or commit on the hub.", rich_help_panel="Model"),
+]
+Variant = Annotated[
+    str | None,
+    typer.Option(help="The weight files' variant, such as fp16.", rich_help_panel="Model"),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def dtype_spec(text: str | None) -> DtypeSpec:
+    """Return what `--dtype` asks for: one dtype, or one for each component named.
+
+    Raises:
+        UsageError: a part of a list is not `component=dtype`.
+    """
+    if text is None:
+        return "auto"
+    if "=" not in text:
+        return text
+    spec: dict[str, str] = {}
+    for part in text.split(","):
+        component, equals, name = (each.strip() for each in part.partition("="))
+        if not (component and equals and name):
+            raise UsageError(f"--dtype {text!r}: {part!r} is not component=dtype, as in vae=float32,default=bfloat16")
+        if component in spec:
+            raise UsageError(f"--dtype {text!r}: {component!r} is given twice")
+        spec[component] = name
+    return spec
+
+
+def option_of(parameter: str) -> str:
+    """Return how a request parameter is given on the command line."""
+    return PARAMETER_OPTIONS.get(parameter, f"--param {parameter}")

@@ -1,0 +1,211 @@
+"""Qwen-Image: text to image, with true classifier-free guidance where a negative prompt is given.
+
+Oracle: `diffusers.QwenImagePipeline`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from triptych.components.need import Need
+from triptych.errors import ParameterError
+from triptych.pipelines.base import Family, check_inputs, check_multiple
+from triptych.roles import RoleType
+from triptych.stages.base import Stage
+from triptych.stages.denoising import Denoising, Forward
+from triptych.state import View
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+
+class TextEncoding(Stage):
+    """Turn the prompt, and for guidance the negative prompt, into embeddings and their masks."""
+
+    role = RoleType.ENCODER
+    needs = {"text_encoder": Need.hidden(-1), "tokenizer": Need.FULL}
+    writes = {"prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds", "negative_prompt_embeds_mask"}
+    reads = {"prompt", "negative_prompt", "true_cfg_scale", "max_sequence_length", *writes}
+
+    def run(self, state: View) -> None:
+        negative = state.negative_prompt, state.negative_prompt_embeds, state.negative_prompt_embeds_mask
+        positive = state.prompt, state.prompt_embeds, state.prompt_embeds_mask
+        state.prompt_embeds, state.prompt_embeds_mask = self.embed(state, *positive)
+        guided = state.true_cfg_scale > 1 and (negative[0] is not None or negative[1] is not None)
+        embedded = self.embed(state, *negative) if guided else (None, None)
+        state.negative_prompt_embeds, state.negative_prompt_embeds_mask = embedded
+
+    def embed(
+        self, state: View, prompt: str | None, embeds: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        encoded: tuple[torch.Tensor, torch.Tensor | None] = self.helpers.encode_prompt(
+            prompt=prompt,
+            prompt_embeds=embeds,
+            prompt_embeds_mask=mask,
+            device=self.device,
+            max_sequence_length=state.max_sequence_length,
+        )
+        return encoded
+
+
+class QwenDenoising(Denoising):
+    """Denoise the packed latents; guidance keeps the norm of the conditional prediction."""
+
+    needs = {"transformer": Need.FULL, "scheduler": Need.FULL}
+    reads = {
+        "prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds", "negative_prompt_embeds_mask", "generator",
+        "latents", "height", "width", "num_images_per_prompt", "num_inference_steps", "sigmas", "true_cfg_scale",
+        "guidance_scale", "exact",
+    }  # fmt: skip
+    writes = {"latents", "conditioning", "scheduler", "timesteps"}
+
+    def begin(self, state: View) -> None:
+        import numpy as np
+        from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
+
+        text = {"cond": self.repeat(state, state.prompt_embeds, state.prompt_embeds_mask)}
+        if state.negative_prompt_embeds is not None:
+            text["uncond"] = self.repeat(state, state.negative_prompt_embeds, state.negative_prompt_embeds_mask)
+        embeds = text["cond"]["encoder_hidden_states"]
+        rows, channels = len(embeds), self.transformer.config.in_channels // 4
+        state.latents = self.helpers.prepare_latents(
+            rows, channels, state.height, state.width, embeds.dtype, self.device, state.generator, state.latents
+        )
+        patch = self.helpers.vae_scale_factor * 2
+        shape = [(1, state.height // patch, state.width // patch)]
+        common = {"guidance": self.guidance(state.guidance_scale, rows), "img_shapes": [shape] * rows}
+        state.conditioning = {"text": text, "common": common}
+        steps = state.num_inference_steps
+        state.scheduler = self.new_scheduler()
+        config = state.scheduler.config
+        mu = calculate_shift(
+            state.latents.shape[1],
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        sigmas = np.linspace(1.0, 1 / steps, steps) if state.sigmas is None else state.sigmas
+        state.timesteps, _ = retrieve_timesteps(state.scheduler, steps, self.device, sigmas=sigmas, mu=mu)
+        state.scheduler.set_begin_index(0)
+
+    def repeat(self, state: View, embeds: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
+        """Repeat one prompt's embeddings and mask for each output."""
+        embeds, mask = self.helpers.encode_prompt(
+            prompt=None,
+            prompt_embeds=embeds,
+            prompt_embeds_mask=mask,
+            num_images_per_prompt=state.num_images_per_prompt,
+            device=self.device,
+        )
+        return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
+
+    def guidance(self, scale: float | None, rows: int) -> torch.Tensor | None:
+        """Return the scale as the input of a guidance-distilled transformer; None for any other.
+
+        Raises:
+            ParameterError: the transformer needs one and none is given.
+        """
+        import torch
+
+        if self.transformer.config.guidance_embeds:
+            if scale is None:
+                raise ParameterError("guidance_scale", scale, "this model is guidance-distilled and needs a number")
+            return torch.full([1], scale, device=self.device, dtype=torch.float32).expand(rows)
+        if scale is not None:
+            log.warning("guidance_scale=%s is ignored: the model is not guidance-distilled", scale)
+        return None
+
+    def model_inputs(self, state: View, i: int) -> list[Forward]:
+        latents = state.latents
+        timestep = state.timesteps[i].expand(latents.shape[0]).to(latents.dtype)
+        common = {"hidden_states": latents, "timestep": timestep / 1000, **state.conditioning["common"]}
+        text = state.conditioning["text"]
+        return [Forward("transformer", branch, {**common, **inputs}) for branch, inputs in text.items()]
+
+    def align(self, inputs: Sequence[Forward]) -> Sequence[Forward]:
+        """Pad the text to the longest, and mask the padding where there is any."""
+        from torch.nn.functional import pad
+
+        texts = [each.inputs["encoder_hidden_states"] for each in inputs]
+        masks = [each.inputs["encoder_hidden_states_mask"] for each in inputs]
+        longest = max(text.shape[1] for text in texts)
+        if all(mask is None and text.shape[1] == longest for text, mask in zip(texts, masks)):
+            return inputs
+        aligned = []
+        for each, text, mask in zip(inputs, texts, masks):
+            missing = longest - text.shape[1]
+            valid = text.new_ones(text.shape[:2], dtype=bool) if mask is None else mask.bool()
+            padded = {
+                "encoder_hidden_states": pad(text, (0, 0, 0, missing)),
+                "encoder_hidden_states_mask": pad(valid, (0, missing)),
+            }
+            aligned.append(replace(each, inputs={**each.inputs, **padded}))
+        return aligned
+
+    def advance(self, state: View, i: int, prediction: Sequence[torch.Tensor]) -> None:
+        import torch
+
+        noise, *rest = prediction
+        for unconditional in rest:
+            combined = unconditional + state.true_cfg_scale * (noise - unconditional)
+            norm, guided_norm = (torch.norm(each, dim=-1, keepdim=True) for each in (noise, combined))
+            noise = combined * (norm / guided_norm)
+        state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
+
+
+class Decoding(Stage):
+    """Undo the latents' packing and normalisation and decode them to images."""
+
+    role = RoleType.DECODER
+    # An image is a video of one frame, and upsampling in time begins with the second.
+    needs = {"vae": Need.without("encoder", "quant_conv", "decoder.up_blocks.*.upsamplers.*.time_conv")}
+    reads = {"latents", "height", "width", "output_type"}
+    writes = {"images"}
+
+    def run(self, state: View) -> None:
+        import torch
+
+        if state.output_type == "latent":
+            state.images = state.latents
+            return
+        factor, config = self.helpers.vae_scale_factor, self.vae.config
+        latents = self.helpers._unpack_latents(state.latents, state.height, state.width, factor).to(self.vae.dtype)
+        mean, std = (
+            torch.tensor(each).view(1, config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
+            for each in (config.latents_mean, config.latents_std)
+        )
+        latents = latents / (1.0 / std) + mean
+        image = self.vae.decode(latents, return_dict=False)[0][:, :, 0]
+        state.images = self.helpers.image_processor.postprocess(image, output_type=state.output_type)
+
+
+class QwenImage(Family):
+    """Qwen-Image. Guidance is on where a negative prompt is given, even an empty one, and `true_cfg_scale` > 1."""
+
+    pipelines = ("QwenImagePipeline",)
+    tasks = {"text-to-image": "a picture from a prompt"}
+    geometry = {"vae": Need.CONFIG}
+    refused = {"attention_kwargs"}
+
+    def compose(self) -> None:
+        self.add_stage(TextEncoding)
+        self.add_stage(QwenDenoising)
+        self.add_stage(Decoding)
+
+    def admit(self, parameters: dict[str, Any], helpers: Any) -> None:
+        for name in ("height", "width"):
+            parameters[name] = parameters[name] or helpers.default_sample_size * helpers.vae_scale_factor
+        check_multiple(parameters, ("height", "width"), helpers.vae_scale_factor * 2)
+        check_inputs(helpers, parameters)
+        scale = parameters["true_cfg_scale"]
+        negative = any(parameters[name] is not None for name in ("negative_prompt", "negative_prompt_embeds"))
+        if scale > 1 and not negative:
+            log.warning("true_cfg_scale=%s has no effect: guidance needs a negative_prompt, even an empty one", scale)
+        elif scale <= 1 and negative:
+            log.warning("negative_prompt has no effect: guidance needs true_cfg_scale > 1")

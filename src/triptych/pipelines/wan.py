@@ -1,0 +1,199 @@
+"""Wan: text to video; 2.1, 2.2 with a second transformer for the late steps, and 2.2 TI2V-5B.
+
+Oracle: `diffusers.WanPipeline`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from triptych.components.need import Need
+from triptych.errors import ModelError, ParameterError
+from triptych.pipelines.base import Family, check_inputs, check_multiple
+from triptych.roles import RoleType
+from triptych.stages.base import Stage
+from triptych.stages.denoising import Denoising, Forward
+from triptych.state import View
+
+if TYPE_CHECKING:
+    import torch
+
+SIZE_MULTIPLE = 16
+"""The oracle accepts only multiples of this many pixels, whatever the model."""
+
+
+def has_late_steps(options: Mapping[str, object]) -> bool:
+    """Return whether the second transformer has steps to run: those below `boundary_ratio` of the training timesteps."""
+    return bool(options.get("boundary_ratio"))
+
+
+class TextEncoding(Stage):
+    """Turn the prompt, and for guidance the negative prompt, into embeddings."""
+
+    role = RoleType.ENCODER
+    needs = {"text_encoder": Need.FULL, "tokenizer": Need.FULL}
+    writes = {"prompt_embeds", "negative_prompt_embeds"}
+    reads = {"prompt", "negative_prompt", "guidance_scale", "max_sequence_length", *writes}
+
+    def run(self, state: View) -> None:
+        guided = state.guidance_scale > 1
+        embeds, negative = self.helpers.encode_prompt(
+            prompt=state.prompt,
+            negative_prompt=state.negative_prompt,
+            do_classifier_free_guidance=guided,
+            prompt_embeds=state.prompt_embeds,
+            negative_prompt_embeds=state.negative_prompt_embeds,
+            max_sequence_length=state.max_sequence_length,
+            device=self.device,
+        )
+        state.prompt_embeds = embeds
+        state.negative_prompt_embeds = negative if guided else None
+
+
+class WanDenoising(Denoising):
+    """Denoise the video latents, in float32 between the steps."""
+
+    needs = {
+        "transformer": Need.FULL,
+        "transformer_2": Need.FULL.optional(when=has_late_steps),
+        "scheduler": Need.FULL,
+    }
+    reads = {
+        "prompt_embeds", "negative_prompt_embeds", "generator", "latents", "height", "width", "num_frames",
+        "num_videos_per_prompt", "num_inference_steps", "guidance_scale", "guidance_scale_2", "exact",
+    }  # fmt: skip
+    writes = {"latents", "conditioning", "scheduler", "timesteps"}
+
+    def begin(self, state: View) -> None:
+        import torch
+
+        branches = {"cond": state.prompt_embeds, "uncond": state.negative_prompt_embeds}
+        state.conditioning = {
+            branch: embeds.to(self.transformer.dtype).repeat_interleave(state.num_videos_per_prompt, dim=0)
+            for branch, embeds in branches.items()
+            if embeds is not None
+        }
+        state.scheduler = self.new_scheduler()
+        state.scheduler.set_timesteps(state.num_inference_steps, device=self.device)
+        state.scheduler.set_begin_index(0)
+        state.timesteps = state.scheduler.timesteps
+        state.latents = self.helpers.prepare_latents(
+            batch_size=len(state.conditioning["cond"]),
+            num_channels_latents=self.transformer.config.in_channels,
+            height=state.height,
+            width=state.width,
+            num_frames=state.num_frames,
+            dtype=torch.float32,
+            device=self.device,
+            generator=state.generator,
+            latents=state.latents,
+        )
+
+    def model_inputs(self, state: View, i: int) -> list[Forward]:
+        common = {"hidden_states": state.latents.to(self.transformer.dtype), "timestep": self.timestep(state, i)}
+        model = "transformer_2" if self.is_late(state, i) else "transformer"
+        cache = {
+            "step_index": i,
+            "sigma": float(state.scheduler.sigmas[i]),
+            "num_inference_steps": len(state.timesteps),
+        }
+        return [
+            Forward(model, branch, {**common, "encoder_hidden_states": embeds}, cache)
+            for branch, embeds in state.conditioning.items()
+        ]
+
+    def timestep(self, state: View, i: int) -> torch.Tensor:
+        """Return step i's timestep: one for each video, or where the model wants it, one for each of its tokens."""
+        import torch
+
+        t, (videos, _, *shape) = state.timesteps[i], state.latents.shape
+        if not self.helpers.config.expand_timesteps:
+            one: torch.Tensor = t.expand(videos)
+            return one
+        # The oracle takes every second row and column, whatever the transformer's patch size.
+        ones = torch.ones(shape, dtype=torch.float32, device=self.device)
+        each: torch.Tensor = (ones[:, ::2, ::2] * t).flatten().unsqueeze(0).expand(videos, -1)
+        return each
+
+    def is_late(self, state: View, i: int) -> bool:
+        """Return whether step i is the second transformer's."""
+        ratio = self.helpers.config.boundary_ratio
+        return ratio is not None and bool(state.timesteps[i] < ratio * state.scheduler.config.num_train_timesteps)
+
+    def advance(self, state: View, i: int, prediction: Sequence[torch.Tensor]) -> None:
+        scale = state.guidance_scale
+        if self.is_late(state, i) and state.guidance_scale_2 is not None:
+            scale = state.guidance_scale_2
+        noise, *rest = prediction
+        for unconditional in rest:
+            noise = unconditional + scale * (noise - unconditional)
+        state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
+
+
+class Decoding(Stage):
+    """Undo the latents' normalisation and decode them to frames."""
+
+    role = RoleType.DECODER
+    needs = {"vae": Need.DECODE}
+    reads = {"latents", "output_type"}
+    writes = {"frames", "fps"}
+
+    def run(self, state: View) -> None:
+        state.fps = Wan.fps_per_token if self.helpers.config.expand_timesteps else Wan.fps
+        state.frames = state.latents if state.output_type == "latent" else self.decode(state.latents, state.output_type)
+
+    def decode(self, latents: torch.Tensor, output_type: str) -> Any:
+        import torch
+
+        config = self.vae.config
+        latents = latents.to(self.device, self.vae.dtype)
+        mean = torch.tensor(config.latents_mean).view(1, config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
+        # The oracle rounds the deviations before it inverts them, and divides by that.
+        std = torch.tensor(config.latents_std).view(1, config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
+        latents = latents / (1.0 / std) + mean
+        video = self.vae.decode(latents, return_dict=False)[0]
+        return self.helpers.video_processor.postprocess_video(video, output_type=output_type)
+
+
+class Wan(Family):
+    """Wan 2.1 and 2.2, text to video.
+
+    Attributes:
+        fps_per_token: frames per second of the models with a timestep for each token (2.2 TI2V-5B).
+    """
+
+    pipelines = ("WanPipeline",)
+    tasks = {"text-to-video": "a video from a prompt"}
+    geometry = {"vae": Need.CONFIG}
+    admission = {"transformer": Need.CONFIG}
+    refused = {"attention_kwargs"}
+    fps = 16
+    fps_per_token = 24
+
+    def compose(self) -> None:
+        self.add_stage(TextEncoding)
+        self.add_stage(WanDenoising)
+        self.add_stage(Decoding)
+
+    def check(self) -> None:
+        super().check()
+        name, options, components = self.repository.name, self.repository.options, self.repository.components
+        if has_late_steps(options) and "transformer_2" not in components:
+            ratio = options["boundary_ratio"]
+            raise ModelError(
+                f"{name} has boundary_ratio={ratio!r}, but no component 'transformer_2' for the steps below it"
+            )
+
+    def admit(self, parameters: dict[str, Any], helpers: Any) -> None:
+        patch = helpers.transformer.config.patch_size[1:]
+        for name, pixels in zip(("height", "width"), patch):
+            multiple = math.lcm(SIZE_MULTIPLE, helpers.vae_scale_factor_spatial * pixels)
+            check_multiple(parameters, (name,), multiple)
+        check_inputs(helpers, parameters)
+        frames, factor = parameters["num_frames"], helpers.vae_scale_factor_temporal
+        if (frames - 1) % factor:
+            below = (frames - 1) // factor * factor + 1
+            accepted = f"a multiple of {factor}, plus 1, is accepted; the nearest: {below} or {below + factor}"
+            raise ParameterError("num_frames", frames, accepted)

@@ -1,0 +1,303 @@
+"""`triptych generate`: from a prompt to a file."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from conftest import TinyRepo
+from PIL import Image
+
+import triptych
+from triptych import embedded
+from triptych.cli import generate, run
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test works in a folder of its own, and leaves the libraries' logging as it is."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(generate, "quieten_libraries", lambda **_: None)
+    return folder
+
+
+@pytest.fixture
+def klein(tiny_repo: TinyRepo) -> str:
+    return str(tiny_repo("flux2_klein"))
+
+
+@pytest.fixture
+def headers(tiny_repo: TinyRepo, tmp_path: Path) -> str:
+    """A model without weights: reading any of them is exit code 3."""
+    repo = shutil.copytree(tiny_repo("flux2_klein"), tmp_path / "headers")
+    tiny.header_only(repo)
+    return str(repo)
+
+
+QUICK = ["--steps", "1", "--size", "16x24", "--device", "cpu"]
+
+
+def pixels(path: str | Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+def test_the_file_is_what_the_python_interface_makes(klein: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--seed", "7", "--steps", "2", "--size", "16x24", "--guidance", "2.5", "--max-sequence-length", "9"]
+    options += ["--param", "sigmas=[1.0, 0.4]", "--num-images", "2", "--device", "cpu", "--no-exact"]
+    assert run(["generate", klein, "a red fox", "-o", "fox.png", *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.split() == ["fox-0.png", "fox-1.png"]
+    model = triptych.load(klein, device="cpu")
+    result = model.generate(
+        prompt="a red fox", seed=7, num_inference_steps=2, width=16, height=24, guidance_scale=2.5,
+        max_sequence_length=9, sigmas=[1.0, 0.4], num_images_per_prompt=2, exact=False,
+    )  # fmt: skip
+    result.save("expected.png")
+    for k in range(2):
+        assert Path(f"fox-{k}.png").read_bytes() == Path(f"expected-{k}.png").read_bytes()
+    with Image.open("fox-0.png") as image:
+        assert image.size == (16, 24)
+        assert json.loads(image.text["parameters"])["seed"] == 7
+
+
+def test_seconds_of_each_stage_and_the_seed_are_told_on_stderr(klein: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", klein, "a fox", "--seed", "123456", *QUICK]) == 0
+    shown = capsys.readouterr().err
+    for row in ("loading", "text_encoding", "flux2_denoising", "decoding", "seed"):
+        assert row in shown
+    assert "123456" in shown
+    assert "1/1" in shown  # the bar of steps
+
+
+def test_quiet_leaves_only_the_path(klein: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", klein, "a fox", "-q", "-o", "fox.webp", *QUICK]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("fox.webp\n", "")
+
+
+def test_verbose_tells_what_the_roles_loaded(klein: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", klein, "a fox", "-v", *QUICK]) == 0
+    shown = capsys.readouterr().err
+    assert "role monolithic" in shown
+    assert "skipped stages: image_encoding" in shown  # only what the request's task needs is loaded
+
+
+def test_without_output_the_prompt_and_the_seed_name_a_file_that_is_free(
+    klein: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = Path("a-red-fox-7.png")
+    taken.write_bytes(b"another run's")
+    assert run(["generate", klein, "A red fox!", "--seed", "7", *QUICK]) == 0
+    assert capsys.readouterr().out == "a-red-fox-7_2.png\n"
+    assert taken.read_bytes() == b"another run's"
+    assert pixels("a-red-fox-7_2.png")
+
+
+def test_an_output_that_is_named_is_replaced(klein: str) -> None:
+    Path("fox.png").write_bytes(b"old")
+    assert run(["generate", klein, "a fox", "-o", "fox.png", *QUICK]) == 0
+    assert pixels("fox.png")
+
+
+def test_a_video_family_writes_a_video(tiny_repo: TinyRepo, capsys: pytest.CaptureFixture[str]) -> None:
+    repo = str(tiny_repo("wan"))
+    options = ["--num-frames", "3", "--num-images", "2", "--steps", "1", "--size", "32x16", "--seed", "1"]
+    assert run(["generate", repo, "a fox", "--device", "cpu", *options]) == 0
+    assert capsys.readouterr().out.split() == ["a-fox-1-0.mp4", "a-fox-1-1.mp4"]
+    assert b"ftyp" in Path("a-fox-1-0.mp4").read_bytes()[:16]
+
+
+def test_images_are_read_upright_and_travel_with_the_request(klein: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    picture = Image.linear_gradient("L").resize((72, 64)).convert("RGB")
+    picture.save("turned.png", exif=exif)
+    upright = generate.open_images([Path("turned.png")])
+    assert isinstance(upright, Image.Image)
+    assert upright.size == (64, 72)
+    arguments = ["a fox", "--image", "turned.png", "--image", "turned.png", "--seed", "3", "-o", "edit.png"]
+    assert run(["generate", klein, *arguments, *QUICK]) == 0
+    model = triptych.load(klein, device="cpu")
+    expected = model.generate(
+        prompt="a fox", image=[upright, upright], seed=3, num_inference_steps=1, width=16, height=24
+    )
+    assert expected.images[0].tobytes() == pixels("edit.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a fox", "--height", "17"], "--height 17: a multiple of 8 is accepted"),
+        (["a fox", "--size", "17x16"], "--size 17: a multiple of 8 is accepted"),
+        (["a fox", "--size", "big"], "--size 'big'"),
+        (["a fox", "--size", "16x16", "--width", "16"], "--width: width is given already, by --size"),
+        (["a fox", "--steps", "0"], "--steps 0: a whole number of at least 1"),
+        (["a fox", "--steps", "few"], "--steps"),
+        (["a fox", "--true-cfg", "4"], "--true-cfg: Flux2KleinPipeline has no parameter 'true_cfg_scale'"),
+        (["a fox", "--num-frames", "4"], "--num-frames: Flux2KleinPipeline has no parameter 'num_frames'"),
+        (["a fox", "--param", "heigth=16"], "--param heigth: Flux2KleinPipeline has no parameter 'heigth'; did you"),
+        (["a fox", "--param", "height"], "--param 'height': name=value is accepted"),
+        (["a fox", "--param", "sigmas=[1,"], "--param 'sigmas=[1,': the value is not valid JSON"),
+        (["a fox", "--param", "exact=True"], "write true"),
+        (["a fox", "--param", 'output_type="latent"'], "latents cannot be saved"),
+        (["a fox", "--image", "none.png"], "--image none.png: No such file"),
+        (["a fox", "--image", "text.txt"], "--image text.txt: this is no image"),
+        (["a fox", "--image", "broken.png"], "--image broken.png: "),
+        (["a fox", "-o", "fox.mp4"], "fox.mp4: images cannot be saved"),
+        (["a fox", "-o", "no/fox.png"], "no/fox.png: there is no folder 'no'"),
+        (["a fox", "--dtype", "float13"], "float13"),
+        (["a fox", "--tasks", "edit"], "'text-to-image'"),
+        (["a fox", "--tasks", "paint"], "tasks='paint'"),
+        (["a fox", "--device", "abacus"], "device='abacus'"),
+        (["a", "red", "fox"], "quote the prompt"),
+        ([], "the prompt is missing"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line_before_weights_are_read(
+    headers: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    Path("text.txt").write_text("no image")
+    Image.new("RGB", (64, 64), "red").save("whole.png")
+    Path("broken.png").write_bytes(Path("whole.png").read_bytes()[:-40])
+    before = sorted(os.listdir())
+    assert run(["generate", headers, *arguments]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if not line.startswith("Opening ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert captured.out == ""
+    assert sorted(os.listdir()) == before
+
+
+def test_the_model_may_be_named_by_option_but_once(klein: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "--model", klein, "a fox", "-o", "fox.png", *QUICK]) == 0
+    assert run(["generate", "--model", klein, klein, "a fox"]) == 2
+    assert "given twice" in capsys.readouterr().err
+
+
+def test_without_a_model_the_embedded_one_is_taken() -> None:
+    assert generate.model_and_prompt(["a red heart"], None) == (embedded.path(), "a red heart")
+
+
+def test_damaged_weights_are_exit_code_3(headers: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", headers, "a fox", *QUICK]) == 3
+    assert "error: " in capsys.readouterr().err
+    assert os.listdir() == []
+
+
+def test_errors_of_recipe_or_wire_are_exit_code_4(
+    klein: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise triptych.errors.WireError("bits fell over")
+
+    monkeypatch.setattr("triptych.load", fails)
+    assert run(["generate", klein, "a fox"]) == 4
+    assert capsys.readouterr().err.endswith("error: bits fell over\n")
+
+
+def test_an_unexpected_error_is_exit_code_1_and_its_traceback_is_shown_on_request(
+    klein: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise KeyError("on two\nlines")
+
+    monkeypatch.setattr("triptych.load", fails)
+    assert run(["generate", klein, "a fox"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.splitlines()[-1].startswith("error: unexpected KeyError")
+    assert "--debug" in shown
+    assert "Traceback" not in shown
+    assert run(["generate", klein, "a fox", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("A red fox!", "a-red-fox"), ("  ", "untitled"), ("...", "untitled"), ("赤い狐", "赤い狐"),
+     ("a/../b", "a-b"), ("x" * 200, "x" * 60), ("snake_case", "snake-case")],
+)  # fmt: skip
+def test_a_prompt_becomes_a_file_name(prompt: str, expected: str) -> None:
+    assert generate.slug(prompt) == expected
+
+
+def test_a_free_name_is_free_for_all_outputs() -> None:
+    Path("fox-7-1.png").touch()
+    assert generate.free_path(Path("fox-7.png"), 1) == Path("fox-7.png")
+    assert generate.free_path(Path("fox-7.png"), 2) == Path("fox-7_2.png")
+
+
+def command(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    options["env"] = {**os.environ, **options.get("env", {}), "PYTHONPATH": str(Path(triptych.__file__).parents[1])}
+    return subprocess.Popen(
+        [sys.executable, "-m", "triptych", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_split_in_three_processes_writes_the_same_bytes_and_no_noise(tiny_repo: TinyRepo) -> None:
+    repo = str(tiny_repo("flux2_klein", dtype="bfloat16"))
+    Image.radial_gradient("L").convert("RGB").resize((64, 72)).save("reference.png")
+    arguments = ["generate", repo, "a fox", "--image", "reference.png", "--seed", "5"]
+    arguments += ["--num-images", "2", "--steps", "2"]
+    arguments += ["--device", "cpu", "--height", "24"]  # the width is the model's default
+    shown = []
+    for name, option in (("whole.png", []), ("split.png", ["--split", "-v"])):
+        process = command(*arguments, *option, "-o", name, env={"OMP_NUM_THREADS": "1"})  # quicker
+        output, error = process.communicate()
+        assert process.returncode == 0, error
+        assert output.split() == [name.replace(".", f"-{k}.") for k in range(2)]
+        shown.append(error)
+    for k in range(2):
+        assert Path(f"whole-{k}.png").read_bytes() == Path(f"split-{k}.png").read_bytes()
+    rows = ["Opening", "flux2_denoising", "libraries,", "loading", "text_encoding", "image_encoding", "flux2_denoising"]
+    assert [line.split()[0] for line in shown[0].splitlines()] == [*rows, "decoding", "writing", "seed"]
+    loaded = [line for line in shown[1].splitlines() if line.startswith("role ") and "server" not in line]
+    assert [line.split()[1] for line in loaded] == ["encoder", "denoiser", "decoder"]
+    assert ["transformer (full)" in line for line in loaded] == [False, True, False]
+
+
+def test_ctrl_c_is_one_line_exit_code_130_and_no_file(klein: str, here: Path, tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    arguments = ["generate", klein, "a fox", "--steps", "100000", "--device", "cpu", "-v", "--split", "-o", "fox.png"]
+    process = command(*arguments, start_new_session=True, env={"TMPDIR": str(temporary)})
+    assert process.stderr is not None
+    lines = iter(process.stderr.readline, "")
+    assert any(line.startswith("role encoder") for line in lines)
+    time.sleep(1)  # the denoiser is being loaded, or at work
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and to its child
+    rest = [line for line in lines if line.strip() and not line.startswith(("role ", "flux2_denoising"))]
+    assert process.wait(timeout=20) == 130
+    assert rest == ["interrupted\n"]
+    assert list(here.iterdir()) == []
+    assert list(temporary.glob("triptych-*")) == []  # torch may leave an empty folder of its own
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # no child is left
+    process.stderr.close()
+
+
+def test_an_interrupt_in_this_process_is_exit_code_130(
+    klein: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("triptych.runtime.model.Model.run", interrupted)
+    assert run(["generate", klein, "a fox", *QUICK]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert os.listdir() == []

@@ -1,0 +1,1 @@
+"""Every family against diffusers' own pipeline, and what the comparisons share."""

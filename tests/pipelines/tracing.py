@@ -1,0 +1,233 @@
+"""Which of the weights a role loaded it works with, and the table of what every family is asked for.
+
+Two measures. A weight is *read* when an operation computes with its values: views, and operations that look at shape
+and dtype only, are no reading; neither is copying or casting, but computing with the copy is. A weight is *used* when
+what was computed from it reaches the state that the role hands on: a layer that runs for nothing is read, not used.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from itertools import chain
+from operator import or_
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import triptych
+from triptych import Request, State
+from triptych.pipelines.registry import open_family
+
+from .parity import ROLES
+
+_COPIES = {"_to_copy", "clone", "copy_"}
+_VIEWS = {"_unsafe_view"}  # whose schemas do not say so
+_WRITES = {"zero_", "fill_", "normal_", "uniform_", "random_"}
+_FILLS = ("empty", "zeros", "ones", "full", "rand", "randn", "randint")
+_MAKES = {f"{fill}_like" for fill in _FILLS} | {f"new_{fill}" for fill in _FILLS}
+
+
+class Tracer(TorchDispatchMode):
+    """Follows some modules' tensors through every operation. It goes by memory, so views and ties need no bookkeeping.
+
+    Attributes:
+        sizes: bytes of every tensor held, by its name; a tied one has all its names, joined by `=`.
+    """
+
+    def __init__(self, modules: Mapping[str, Any]) -> None:
+        super().__init__()
+        spans: dict[tuple[int, int], list[str]] = {}
+        for component, module in modules.items():
+            for name, tensor in tensors_of(module):
+                spans.setdefault(span(tensor), []).append(f"{component}.{name}")
+        self._spans = sorted(spans)
+        names = ["=".join(spans[each]) for each in self._spans]
+        self.sizes = {name: end - start for name, (start, end) in zip(names, self._spans)}
+        # Sets of held tensors are the bits of integers, in the order of `sizes`.
+        self._read = self._used = 0
+        self._origins: dict[
+            StorageWeakRef, int
+        ] = {}  # no storage takes the place of a dead one while this refers to it
+
+    @property
+    def unread(self) -> dict[str, int]:
+        """Bytes of every tensor that no operation computed with, by its name."""
+        return self._without(self._read)
+
+    @property
+    def unused(self) -> dict[str, int]:
+        """Bytes of every tensor that had no part in what `arrived`, by its name."""
+        return self._without(self._used)
+
+    def arrived(self, outputs: object) -> None:
+        """Tell the tracer what came out: tensors, nested in anything."""
+        self._used |= self._origin(outputs)
+        self._origins.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if name in _VIEWS or name in _WRITES or is_view(func):
+            return output
+        # The target of `copy_` is written, not read.
+        origin = 0 if name in _MAKES else self._origin(args[1] if name == "copy_" else (args, kwargs))
+        if name not in _COPIES:
+            self._read |= origin
+        written = written_arguments(func, args, kwargs)
+        for each in tensors_in(written or output):
+            storage = StorageWeakRef(each.untyped_storage())
+            self._origins[storage] = origin | (self._origins.get(storage, 0) if written else 0)
+        return output
+
+    def _origin(self, values: object) -> int:
+        return reduce(or_, map(self._origin_of, tensors_in(values)), 0)
+
+    def _origin_of(self, tensor: torch.Tensor) -> int:
+        """Return the set of held tensors that a tensor is, lies in or was computed from."""
+        position = bisect_right(self._spans, (tensor.data_ptr(), float("inf"))) - 1
+        if position >= 0 and tensor.data_ptr() < self._spans[position][1]:
+            return 1 << position
+        return self._origins.get(StorageWeakRef(tensor.untyped_storage()), 0)
+
+    def _without(self, some: int) -> dict[str, int]:
+        return {name: size for bit, (name, size) in enumerate(self.sizes.items()) if not some >> bit & 1}
+
+
+def tensors_in(values: object) -> list[torch.Tensor]:
+    """Return the tensors with data, out of anything nested."""
+    return [each for each in tree_leaves(values) if isinstance(each, torch.Tensor) and not each.is_meta]
+
+
+def written_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return the arguments that an operation writes to, by its schema."""
+    values = {each.name: value for each, value in zip(func._schema.arguments, args)} | dict(kwargs)
+    return [values.get(each.name) for each in func._schema.arguments if each.alias_info and each.alias_info.is_write]
+
+
+def is_view(func: Any) -> bool:
+    """Return whether an operation's result is a view of its argument, by its schema."""
+    aliases = [each.alias_info for each in func._schema.returns]
+    return any(each is not None and not each.is_write for each in aliases)
+
+
+def span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the memory a tensor lies in, from its first to behind its last element."""
+    if tensor.numel() == 0:
+        return tensor.data_ptr(), tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def tensors_of(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Go through the parameters and buffers that have data, under each of their names."""
+    if isinstance(module, torch.nn.Module):
+        parameters = module.named_parameters(remove_duplicate=False)
+        for name, tensor in chain(parameters, module.named_buffers(remove_duplicate=False)):
+            if not tensor.is_meta:
+                yield name, tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One checkpoint of a family, and requests that between them use all of it; for each task those that use all of it.
+
+    Attributes:
+        family: the module of `tiny` that builds the checkpoint, with the arguments `variant`.
+        requests: for each task, the parameters of its requests.
+    """
+
+    family: str
+    variant: Mapping[str, object]
+    requests: Mapping[str, tuple[Mapping[str, Any], ...]]
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.family, *(f"{name}={value}" for name, value in self.variant.items())])
+
+
+def picture() -> Image.Image:
+    return Image.linear_gradient("L").resize((64, 96)).convert("RGB")
+
+
+_KLEIN: Mapping[str, Any] = {"height": 64, "width": 48, "num_inference_steps": 2, "max_sequence_length": 16}
+_KLEIN_TASKS = {"text-to-image": (_KLEIN,), "edit": ({**_KLEIN, "image": picture()},)}
+_QWEN: Mapping[str, Any] = {
+    "height": 64, "width": 48, "num_inference_steps": 2, "max_sequence_length": 16, "negative_prompt": "ugly",
+}  # fmt: skip
+_WAN: Mapping[str, Any] = {
+    "height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 4, "max_sequence_length": 16,
+}  # fmt: skip
+
+CASES = (
+    Case("flux2_klein", {}, _KLEIN_TASKS),
+    Case("flux2_klein", {"is_distilled": True}, _KLEIN_TASKS),
+    Case("qwen_image", {}, {"text-to-image": (_QWEN,)}),
+    Case("wan", {"version": "2.1"}, {"text-to-video": (_WAN,)}),
+    Case("wan", {"version": "2.2"}, {"text-to-video": (_WAN,)}),
+    Case("wan", {"version": "2.2-5b"}, {"text-to-video": (_WAN,)}),
+)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one role held, did not read and did not use, in bytes by name, while it served some tasks."""
+
+    case: str
+    role: str
+    tasks: str
+    held: Mapping[str, int] = field(repr=False)
+    unread: Mapping[str, int]
+    unused: Mapping[str, int]
+
+
+def selections(case: Case, repo: Path) -> list[tuple[str, ...] | None]:
+    """Return what `tasks=` is given: None for all, then each task alone where there are several."""
+    tasks = open_family(repo).tasks
+    if set(tasks) != set(case.requests):
+        raise ValueError(f"{case.name} has requests for {', '.join(case.requests)}; its tasks are {', '.join(tasks)}")
+    return [None, *((task,) for task in tasks if len(tasks) > 1)]
+
+
+def trace(case: Case, repo: Path, tasks: tuple[str, ...] | None = None) -> list[Trace]:
+    """Serve every request of the tasks, by three roles and by a whole model; tell what each of them worked with."""
+    label = "all" if tasks is None else ", ".join(tasks)
+    requests = [parameters for task in tasks or case.requests for parameters in case.requests[task]]
+    traces = []
+    for roles in (ROLES, ("monolithic",)):
+        models = {role: triptych.load(repo, role=role, device="cpu", dtype="float32", tasks=tasks) for role in roles}
+        tracers = {role: Tracer(model.components) for role, model in models.items()}
+        for parameters in requests:
+            serve(models, tracers, Request(**{"prompt": "a red fox", "seed": 7, "output_type": "pt", **parameters}))
+        traces += [
+            Trace(case.name, role, label, each.sizes, each.unread, each.unused) for role, each in tracers.items()
+        ]
+    return traces
+
+
+def serve(models: Mapping[str, triptych.Model], tracers: Mapping[str, Tracer], work: Request | State) -> State:
+    """Bring a request from role to role until its result is there."""
+    role = next(iter(models))
+    while True:
+        with tracers[role]:
+            state = models[role].run(work)
+        tracers[role].arrived(state.fields)
+        if state.next_role is None:
+            return state
+        role, work = state.next_role.value, State.from_bytes(bytes(state.to_bytes()))
+
+
+def table(build: Callable[..., Path], cases: tuple[Case, ...] = CASES) -> Iterator[Trace]:
+    """Trace every case, role and selection of tasks; `build(family, **variant)` gives the repositories."""
+    for case in cases:
+        repo = build(case.family, **case.variant)
+        for tasks in selections(case, repo):
+            yield from trace(case, repo, tasks)
