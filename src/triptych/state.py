@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from triptych.errors import RecipeError, UndeclaredError, WireError, WrongRoleError
@@ -61,6 +61,16 @@ class State:
         parameters = {name: value for name, value in told.items() if value is not None}
         return Result(**outputs, seed=self.fields["seed"], timings=dict(self.timings), parameters=parameters)
 
+    def copy(self) -> State:
+        """Return a state that can be run without changing this one; tensors are shared, the random state is not."""
+        import torch
+
+        fields = {
+            name: value.clone_state() if isinstance(value, torch.Generator) else value
+            for name, value in self.fields.items()
+        }
+        return replace(self, fields=fields, timings=dict(self.timings))
+
     def keep(self, live: Collection[str]) -> None:
         """Drop every field that no later stage reads."""
         for name in [name for name in self.fields if name not in live]:
@@ -88,7 +98,7 @@ class State:
             "task": self.task,
             "route": [role.value for role in self.route],
             "position": self.position,
-            "timings": dict[str, wire.JSON](self.timings),
+            "timings": {**self.timings},
         }
         return wire.pack(self.fields, header, out=out)
 

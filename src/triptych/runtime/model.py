@@ -93,13 +93,18 @@ class Model:
     def run(self, work: Request | State, *, on_step: OnStep | None = None) -> State:
         """Run a request, or a state that came from another role, as far as this process's roles reach.
 
+        The state given stays as it is, random state included, so that it can be run again.
+
         Raises:
             UsageError: the request is not acceptable.
             WrongRoleError: it is another role's turn.
             WireError: the state belongs to another model.
             Cancelled: `on_step` said so.
         """
-        state = self.admit(work) if isinstance(work, Request) else work
+        first = self.family.recipe[0][1].role
+        if isinstance(work, Request) and first not in self.roles:
+            raise WrongRoleError(f"a request begins with the {first}; this model is loaded for role {self.role!r}")
+        state = self.admit(work) if isinstance(work, Request) else work.copy()
         if state.fingerprint != self.fingerprint or state.family != self.family.repository.family:
             theirs, ours = f"{state.family} {state.fingerprint}", f"{self.family.repository.family} {self.fingerprint}"
             raise WireError(f"this state belongs to another model ({theirs}) than the one loaded here ({ours})")
@@ -166,19 +171,20 @@ class Model:
         mine = {name for name, _ in self.family.stages_of(self.roles, self.tasks)}
         skipped = [name for name, _ in self.family.recipe if name not in mine]
         absent = [name for name in repository.components if name not in needs]
-        whole = sum(tensor.nbytes for name in repository.components for tensor in repository.tensors(name).values())
+        stored = sum(repository.stored_bytes(name) for name in repository.components)
         held = sum(self.loaded_bytes.values())
         log.info(
-            "role %s of %s: loaded %s (%.1f MB in %.2f s); skipped stages: %s; skipped components: %s; the whole model's "
-            "files hold %.1f MB",
+            "role %s of %s: loaded %s: %.1f MB in %.2f s, of files of %.1f MB (saved %.1f MB); skipped stages: %s; "
+            "skipped components: %s",
             self.role,
             repository.name,
             ", ".join(f"{name} ({needs[name]})" for name in needs),
             held / 1e6,
             seconds,
+            stored / 1e6,
+            max(0, stored - held) / 1e6,
             ", ".join(skipped) or "none",
             ", ".join(absent) or "none",
-            whole / 1e6,
         )
 
     def _build(self, name: str, stage: type[Stage]) -> Stage:
