@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from triptych.errors import WireError
-from triptych.wire import FORMAT_VERSION, MAX_DEPTH, pack, packed_size, unpack
+from triptych.tree import MAX_DEPTH
+from triptych.wire import FORMAT_VERSION, pack, packed_size, unpack
 
 DTYPES = [
     torch.bool,
