@@ -1,0 +1,149 @@
+"""What the user typed after `triptych generate`, checked and turned into a request."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from triptych.cli.options import PARAMETER_OPTIONS, option_of
+from triptych.errors import ParameterError, UnknownParameterError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from triptych.runtime.model import Model
+    from triptych.state import State
+
+
+def model_and_prompt(arguments: list[str], model: str | None) -> tuple[str | Path, str]:
+    """Return the model and the prompt that the positional arguments and `--model` name.
+
+    Raises:
+        UsageError: there are too many or too few.
+    """
+    from triptych import embedded
+
+    example = 'for example: triptych generate "a red heart"'
+    if model is not None and len(arguments) == 2:
+        raise UsageError("the model is given twice: by --model and before the prompt")
+    if len(arguments) > 2 or (model is not None and len(arguments) > 1):
+        raise UsageError(f"{len(arguments)} arguments where [MODEL] PROMPT are accepted; quote the prompt, {example}")
+    if not arguments:
+        raise UsageError(f"the prompt is missing; {example}")
+    if len(arguments) == 2:
+        return arguments[0], arguments[1]
+    if model is None and Path(arguments[0], "model_index.json").is_file():
+        raise UsageError(f"{arguments[0]} is a model, and the prompt is missing; {example}")
+    return embedded.path() if model is None else model, arguments[0]
+
+
+@dataclass
+class Asked:
+    """The request parameters that the user gave, and the option each came from. The others are the model's."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, value: object, option: str | None = None) -> None:
+        """Add a parameter unless its value is None, which means that it was not given.
+
+        Raises:
+            UsageError: it was given already, by another option.
+        """
+        option = option or PARAMETER_OPTIONS[name]
+        if value is None and not option.startswith("--param"):
+            return
+        if name in self.values:
+            raise UsageError(f"{option}: {name} is given already, by {self.options[name]}")
+        self.values[name], self.options[name] = value, option
+
+    def admit(self, model: Model) -> State:
+        """Let a model check the parameters; returns the request's state.
+
+        Raises:
+            UsageError: one is not accepted; the message begins with its option.
+        """
+        from triptych.request import Request
+
+        values = dict(self.values)
+        if (
+            "num_images_per_prompt" not in model.family.parameters
+            and "num_videos_per_prompt" in model.family.parameters
+        ):
+            values = {name.replace("num_images_per", "num_videos_per"): value for name, value in values.items()}
+        try:
+            return model.admit(Request(**values))
+        except UnknownParameterError as error:
+            raise UsageError(f"{self._option(error.field)}: {error}") from error
+        except ParameterError as error:
+            option = self._option(error.field)
+            value = f" {error.value!r}" if isinstance(error.value, (str, int, float, list)) else ""
+            raise UsageError(f"{option}{value}: {error.accepted}") from error
+
+    def _option(self, name: str) -> str:
+        return self.options.get(name.replace("num_videos_per", "num_images_per"), option_of(name))
+
+
+def parse_size(text: str | None) -> tuple[int, ...]:
+    """Return width and height, or nothing where no size was given.
+
+    Raises:
+        UsageError: it is not two numbers.
+    """
+    if text is None:
+        return ()
+    match = re.fullmatch(r"(\d+)\s*[xX×*]\s*(\d+)", text.strip(), re.ASCII)
+    if match is None:
+        raise UsageError(f"--size {text!r}: width and height are accepted, as in 1024x768")
+    return int(match[1]), int(match[2])
+
+
+def parse_parameters(texts: Iterable[str]) -> Iterator[tuple[str, object]]:
+    """Yield names and values of `name=value`, the value in JSON or, where it is none, plain text.
+
+    Raises:
+        UsageError: a text has no name, or its value is Python rather than JSON.
+    """
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise UsageError(f"--param {text!r}: name=value is accepted, as in --param sigmas=[1.0,0.5]")
+        if value in ("True", "False", "None"):
+            json_word = {"True": "true", "False": "false", "None": "null"}[value]
+            raise UsageError(f"--param {text!r}: values are JSON: write {json_word}")
+        try:
+            yield name.strip(), json.loads(value)
+        except ValueError:
+            if value[:1] in ("[", "{", '"'):
+                raise UsageError(f"--param {text!r}: the value is not valid JSON") from None
+            yield name.strip(), value
+
+
+def open_images(paths: list[Path]) -> Image | list[Image] | None:
+    """Return the pictures in these files as diffusers' `load_image` would: upright, and RGB.
+
+    One is returned by itself, and None where there is none.
+
+    Raises:
+        UsageError: a file is missing or holds no picture.
+    """
+    if not paths:
+        return None
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as opened:
+                images.append(ImageOps.exif_transpose(opened).convert("RGB"))
+        except UnidentifiedImageError as error:
+            raise UsageError(f"--image {path}: this is no image") from error
+        except OSError as error:
+            raise UsageError(f"--image {path}: {error.strerror or f'damaged ({error})'}") from error
+        except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UsageError(f"--image {path}: cannot be read: {error}") from error
+    return images[0] if len(images) == 1 else images

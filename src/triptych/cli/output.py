@@ -1,0 +1,105 @@
+"""Where the outputs go, and what is shown on the way: the files' names, the progress bar and the summary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from triptych.errors import UsageError
+from triptych.result import check_path
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from triptych.pipelines.base import Family
+    from triptych.result import Result
+    from triptych.runtime.model import OnStep
+    from triptych.state import State
+
+_SLUG = 60
+"""Characters of the prompt in a file's name: in any script it stays below a file system's 255 bytes."""
+
+
+def output_path(asked: Path | None, family: Family, state: State) -> Path:
+    """Return where the outputs go, once it is known that they can be written there.
+
+    Without a file's name: the prompt and the seed, under a name that no file has yet.
+
+    Raises:
+        UsageError: the suffix, the folder or the output type does not suit.
+    """
+    written = {name for _, stage in family.recipe for name in stage.writes}
+    kind: Literal["images", "videos"] = "videos" if "frames" in written else "images"
+    if kind == "images" and "images" not in written:
+        raise UsageError(f"{type(family).__name__} makes neither images nor videos: save its result from Python")
+    if state.fields.get("output_type") == "latent":
+        raise UsageError("--param output_type: latents cannot be saved to a file; use another output type")
+    folder = asked if asked is not None and asked.is_dir() else Path()
+    if asked is not None and folder is not asked:
+        check_path(asked, kind)
+        return asked
+    count = state.fields.get("num_videos_per_prompt" if kind == "videos" else "num_images_per_prompt", 1)
+    suffix = ".png" if kind == "images" else ".mp4"
+    path = free_path(folder / f"{slug(str(state.fields.get('prompt') or ''))}-{state.fields['seed']}{suffix}", count)
+    check_path(path, kind)
+    return path
+
+
+def slug(prompt: str) -> str:
+    """Return a prompt as part of a file's name: words of any script, joined by `-`."""
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:_SLUG].rstrip("-") or "untitled"
+
+
+def free_path(path: Path, count: int) -> Path:
+    """Return the path, or with `_2`, `_3`, ... the first of which no file exists, numbered for several outputs."""
+    numbers = [""] if count == 1 else [f"-{k}" for k in range(count)]
+    candidate, attempt = path, 1
+    while any(candidate.with_stem(f"{candidate.stem}{number}").exists() for number in numbers):
+        attempt += 1
+        candidate = path.with_stem(f"{path.stem}_{attempt}")
+    return candidate
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[OnStep]:
+    """Show a bar for each stage that has steps; yields what is to be told of a step."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    shown = Progress(*columns, TimeRemainingColumn(), console=console, disable=console.quiet)
+    bars: dict[str, Any] = {}
+
+    def on_step(stage: str, step: int, steps: int) -> None:
+        if stage not in bars:
+            shown.start()  # not before there is something to show; does nothing the second time
+            bars[stage] = shown.add_task(stage, total=steps)
+        shown.update(bars[stage], completed=step)
+
+    try:
+        yield on_step
+    finally:
+        if bars:
+            shown.stop()
+
+
+def summary(console: Console, seconds: Mapping[str, float], result: Result) -> None:
+    """Print the seconds of each stage, and the seed."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for stage, each in seconds.items():
+        table.add_row(stage, f"{each:.2f} s")
+    table.add_row("seed", str(result.seed))
+    console.print(table)
