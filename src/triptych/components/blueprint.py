@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import fnmatch
 import importlib
-import logging
-from collections.abc import Container, Iterator
+import re
+import threading
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from triptych.components.cutting import CannotLoadByKey, cut
 from triptych.components.headers import TensorInfo
-from triptych.components.hollow import guard_part, hollow_out, is_unused, settle
-from triptych.components.need import HEAD, VISION, Need
+from triptych.components.hollow import hollow_out, settle, used_modules
+from triptych.components.need import Need
 from triptych.components.repository import Repository
-from triptych.errors import ComponentFileError, ModelError, RecipeError, did_you_mean
+from triptych.errors import ComponentFileError, ModelError, did_you_mean
 
-log = logging.getLogger(__name__)
+__all__ = ["Blueprint", "CannotLoadByKey", "Slot", "component_class", "draw", "draw_hollow", "has_weights"]
 
+LIBRARIES = ("diffusers", "transformers")
+"""The libraries whose classes a repository may name. Code that ships inside a repository is never run."""
 
-_OPTIONAL_PARTS = ("quant_conv", "post_quant_conv")
-"""Parts that autoencoders have or have not, by configuration."""
-
-
-class CannotLoadByKey(Exception):
-    """The checkpoint cannot be loaded tensor by tensor; the message says why."""
+_drawing = threading.Lock()
+"""Building a module without weights changes the process's default dtype and how modules take their parameters."""
 
 
 @dataclass
@@ -46,11 +47,11 @@ class Slot:
     def fill(self, value: torch.Tensor) -> None:
         """Put the loaded weight into its places."""
         if isinstance(self.tensor, torch.nn.Parameter):
-            value = torch.nn.Parameter(value, requires_grad=False)
-        for module, name in self.places:
-            if isinstance(value, torch.nn.Parameter):
-                module._parameters[name] = value
-            else:
+            parameter = torch.nn.Parameter(value, requires_grad=False)
+            for module, name in self.places:
+                module._parameters[name] = parameter
+        else:
+            for module, name in self.places:
                 module._buffers[name] = value
 
 
@@ -74,15 +75,29 @@ def component_class(repository: Repository, component: str) -> type[Any]:
         ModelError: the installed library has no such class, or the library is not a trusted one.
     """
     entry = repository.entry(component)
-    library = importlib.import_module(entry.library)
+    what = f"component {component!r} of {repository.name}"
+    library = importlib.import_module(_trusted(entry.library, what))
     cls = getattr(library, entry.class_name, None)
     if not isinstance(cls, type):
         hint = did_you_mean(entry.class_name, dir(library))
-        raise ModelError(
-            f"component {component!r} of {repository.name} is a {entry.class_name!r}, which the installed "
-            f"{entry.library} {getattr(library, '__version__', '')} does not have{hint}"
-        )
+        version = getattr(library, "__version__", "")
+        problem = f"which the installed {entry.library} {version} does not have{hint}"
+        raise ModelError(f"{what} is a {entry.class_name!r}, {problem}")
+    if not hasattr(cls, "from_pretrained"):
+        raise ModelError(f"{what} is a {entry.library}.{entry.class_name}, which is nothing that can be loaded")
     return cls
+
+
+def _trusted(library: str, what: str) -> str:
+    """Return the module to import for a library of the index: one of ours, or a folder of diffusers' pipelines."""
+    if library in LIBRARIES:
+        return library
+    if re.fullmatch(r"[a-z]\w*", library) and find_spec(f"diffusers.pipelines.{library}"):
+        return f"diffusers.pipelines.{library}"
+    trusted = " and ".join(LIBRARIES)
+    raise ModelError(
+        f"{what} is a class of {library!r}; only classes of {trusted} are loaded, never code that comes with a model"
+    )
 
 
 def has_weights(cls: type[Any]) -> bool:
@@ -99,69 +114,61 @@ def draw(
     `from_pretrained` computes them in. What is cut away raises `HollowComponentError` when run.
 
     Raises:
-        ComponentFileError: the configuration is missing or does not fit the class.
+        ComponentFileError: the configuration is missing or does not fit the class or the weights.
         RecipeError: `need` names a submodule that the class does not have.
         CannotLoadByKey: the checkpoint does not hold the weights one by one (quantised, merged or not safetensors).
     """
-    cls = component_class(repository, component)
     config = repository.config(component)
-    module = _construct(cls, repository, component, config, dtype)
-    if not need.is_full:
-        settle(module, device, dtype)
-    if not need.weights:
-        hollow_out(module, component, role)
-        return Blueprint(module, [])
-    cut(module, need, component, role)
     if "quantization_config" in config:
         raise CannotLoadByKey("its checkpoint is quantised")
-    if not repository.weight_files(component):
-        if repository.unsafe_weight_files(component):
-            raise CannotLoadByKey("it has no safetensors file")
-        slots = _slots(module, dtype)
-    else:
-        slots = _sourced(_slots(module, dtype), module, repository.tensors(component), component)
+    if not repository.weight_files(component) and (unsafe := repository.unsafe_weight_files(component)):
+        raise CannotLoadByKey(f"it has no safetensors file, only {', '.join(unsafe[:3])}")
+    module = _construct(repository, component, config, dtype)
+    if not need.is_full:
+        cut(module, need, component, role)
+        settle(module, device, lambda: dtype)
+    slots = _slots(module, dtype)
+    if repository.weight_files(component):
+        _find_sources(slots, module, repository.tensors(component))
     return Blueprint(module, slots)
 
 
-def cut(module: torch.nn.Module, need: Need, component: str, role: str) -> None:
-    """Remove from a module what `need` does not use.
+def draw_hollow(
+    repository: Repository, component: str, *, dtype: Callable[[], torch.dtype], device: torch.device, role: str
+) -> torch.nn.Module:
+    """Build a component's real class from its real configuration, at zero bytes; running it raises.
+
+    Args:
+        dtype: called when somebody asks the module for it, because it may take reading a header.
 
     Raises:
-        RecipeError: the module has no such part.
+        ComponentFileError: the configuration is missing or does not fit the class.
     """
-    for part in need.unused:
-        if part == HEAD:
-            _cut_head(module)
-        elif part == VISION:
-            for path in _vision_paths(module):
-                guard_part(module.get_submodule(path), component, role, path)
-        elif paths := fnmatch.filter((path for path, _ in module.named_modules()), part):
-            for path in paths:
-                guard_part(module.get_submodule(path), component, role, path)
-        elif part not in _OPTIONAL_PARTS:
-            raise RecipeError(f"component {component!r} ({type(module).__name__}) has no part {part!r}")
-    if need.hidden_states is not None:
-        _cut_layers(module, need.hidden_states, component)
+    module = _construct(repository, component, repository.config(component), torch.float32)
+    hollow_out(module, component, role, device=device, dtype=dtype)
+    return module
 
 
 def _construct(
-    cls: type[Any], repository: Repository, component: str, config: dict[str, object], dtype: torch.dtype
+    repository: Repository, component: str, config: dict[str, object], dtype: torch.dtype
 ) -> torch.nn.Module:
+    cls = component_class(repository, component)
     try:
-        with _no_weights(dtype):
-            if repository.entry(component).library == "diffusers":
-                module = cls.from_config(config)
+        with _drawing, _no_weights(dtype):
+            if issubclass(cls, PreTrainedModel):
+                settings = cls.config_class.from_dict(config)
+                for each in (settings, *(getattr(settings, name) for name in settings.sub_configs)):
+                    if each is not None:
+                        each.dtype = dtype
+                module = cls(settings)
             else:
-                module = cls(cls.config_class.from_dict(config))
-    except (TypeError, ValueError, AttributeError, KeyError, AssertionError, RuntimeError) as error:
+                module = cls.from_config(config)
+        if isinstance(module, PreTrainedModel):
+            module.tie_weights()
+    except Exception as error:  # whatever the class's own code does with values that make no sense
         problem = f"does not fit {cls.__name__} ({type(error).__name__}: {error})"
         raise ComponentFileError(f"{component}/config.json", problem) from error
-    if _is_transformers(module):
-        module.tie_weights()
-    module.eval()
-    module.requires_grad_(False)
-    result: torch.nn.Module = module
-    return result
+    return module.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -170,9 +177,8 @@ def _no_weights(dtype: torch.dtype) -> Iterator[None]:
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    default = torch.get_default_dtype()
     with ExitStack() as stack:
-        stack.callback(torch.set_default_dtype, default)
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(dtype)
         stack.enter_context(no_init_weights())
         stack.enter_context(init_empty_weights(include_buffers=False))
@@ -181,41 +187,58 @@ def _no_weights(dtype: torch.dtype) -> Iterator[None]:
 
 def _slots(module: torch.nn.Module, dtype: torch.dtype) -> list[Slot]:
     """List the weights that a checkpoint must hold; those of parts that were cut away are not among them."""
-    idle = {id(tensor) for part in module.modules() if is_unused(part) for tensor in part.state_dict(keep_vars=True).values()}
-    in_float32 = _kept_in_float32(module, dtype)
+    target = _dtypes(module, dtype)
     slots: dict[int, Slot] = {}
-    for path, owner in module.named_modules(remove_duplicate=False):
+    for path, owner in used_modules(module):
         for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
-            if tensor is None or id(tensor) in idle or name in owner._non_persistent_buffers_set:
+            if tensor is None or name in owner._non_persistent_buffers_set:
                 continue
             full = f"{path}.{name}" if path else name
-            target = tensor.dtype
-            if tensor.is_floating_point():
-                target = torch.float32 if any(part in full.split(".") for part in in_float32) else dtype
-            slot = slots.setdefault(id(tensor), Slot([], [], tensor, target))
+            slot = slots.setdefault(id(tensor), Slot([], [], tensor, target(full, tensor)))
             slot.places.append((owner, name))
             slot.names.append(full)
     return list(slots.values())
 
 
-def _sourced(
-    slots: list[Slot], module: torch.nn.Module, tensors: dict[str, TensorInfo], component: str
-) -> list[Slot]:
-    """Find every slot's tensor in the checkpoint, under the names the library itself would look for."""
+def _dtypes(module: Any, dtype: torch.dtype) -> Callable[[str, torch.Tensor], torch.dtype]:
+    """Return what gives a weight's dtype once loaded, by name: as each library's `from_pretrained` does it."""
+    if isinstance(module, PreTrainedModel):
+        from transformers.core_model_loading import build_glob_alternation
+
+        plan = module._get_dtype_plan(dtype)  # names of submodules to float32
+        kept = build_glob_alternation(list(plan))[0] if plan else None
+        return lambda name, tensor: torch.float32 if kept is not None and kept.search(name) else tensor.dtype
+    in_float32 = set(module._keep_in_fp32_modules or ())
+
+    def target(name: str, tensor: torch.Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        return dtype if in_float32.isdisjoint(name.split(".")) else torch.float32
+
+    return target
+
+
+def _find_sources(slots: list[Slot], module: torch.nn.Module, tensors: dict[str, TensorInfo]) -> None:
+    """Find every slot's tensor in the checkpoint, under the names the library itself would look for.
+
+    Raises:
+        ComponentFileError: a tensor has another shape than the configuration says.
+        CannotLoadByKey: a tensor is not there under any name the library gives it when loading tensor by tensor.
+    """
     by_name = {name: slot for slot in slots for name in slot.names}
-    rename = _Renamer(module, by_name) if _is_transformers(module) else str
+    rename = _Renamer(module, by_name) if isinstance(module, PreTrainedModel) else str
     for key, info in tensors.items():
         slot = by_name.get(rename(key))
-        if slot is not None:
-            slot.source = info
-            if tuple(slot.tensor.shape) != info.shape:
-                problem = f"holds {key!r} as {list(info.shape)}, but its configuration says {list(slot.tensor.shape)}"
-                raise ComponentFileError(info.file, problem)
+        if slot is None:
+            continue
+        if tuple(slot.tensor.shape) != info.shape:
+            problem = f"holds {key!r} as {list(info.shape)}, but its configuration says {list(slot.tensor.shape)}"
+            raise ComponentFileError(info.file, problem)
+        slot.source = info
     missing = [slot.names[0] for slot in slots if slot.source is None]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CannotLoadByKey(f"the checkpoint has no {', '.join(missing[:3])}{more}")
-    return slots
 
 
 class _Renamer:
@@ -236,81 +259,8 @@ class _Renamer:
         from transformers.core_model_loading import rename_source_key
 
         name, converted = rename_source_key(key, self.renamings, self.converters, self.prefix, self.known)
+        if name not in self.known and key in self.known:
+            name, converted = rename_source_key(key, [], [], self.prefix, self.known)
         if converted is not None and name in self.needed:
             raise CannotLoadByKey(f"{key!r} is stored in another layout than it is used in")
         return str(name)
-
-
-def _is_transformers(module: torch.nn.Module) -> bool:
-    from transformers import PreTrainedModel
-
-    return isinstance(module, PreTrainedModel)
-
-
-def _kept_in_float32(module: torch.nn.Module, dtype: torch.dtype) -> set[str]:
-    """Return the submodules whose weights stay float32 when the rest is cast, as the two libraries define it."""
-    relaxed = set(getattr(module, "_keep_in_fp32_modules", None) or ())
-    strict = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
-    if not _is_transformers(module):  # diffusers: whatever the dtype is
-        return relaxed
-    if dtype == torch.float16:
-        return relaxed | strict
-    return strict if dtype == torch.bfloat16 else set()
-
-
-def _cut_head(module: Any) -> None:
-    """Replace a language model's output head, so that its hidden states pass through unprojected."""
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-    for name, child in module.named_children():
-        if child is head:
-            setattr(module, name, torch.nn.Identity())
-
-
-def _vision_paths(module: Any) -> list[str]:
-    """Return the paths of a model's vision tower and of what projects its output, if it has one."""
-    tower = module.get_encoder(modality="image") if hasattr(module, "get_encoder") else module
-    if tower is module:
-        return []
-    paths = [path for path, part in module.named_modules() if part is tower]
-    paths += [path for path, _ in module.named_modules() if path.split(".")[-1] == "multi_modal_projector"]
-    return paths
-
-
-def _cut_layers(module: Any, read: frozenset[int], component: str) -> None:
-    """Drop the layers above the last hidden state that is read, and the final norm where none of them passes it.
-
-    With n layers, `hidden_states` has n + 1 entries: the embeddings, then each layer's output; the last is taken after
-    the final norm. So entry n of a model that really has more layers needs n layers and no norm.
-    """
-    stack_owner, name, layers = _layer_stack(module, component)
-    count = len(layers)
-    for entry in read:
-        if not -count - 1 <= entry <= count:
-            problem = f"has {count} layers, so it has no hidden state {entry}; this family cannot use it"
-            raise ComponentFileError(f"{component}/config.json", problem)
-    last = max(entry if entry >= 0 else count + 1 + entry for entry in read)
-    if last == count:
-        return
-    setattr(stack_owner, name, layers[:last])
-    for norm in ("norm", "final_layer_norm", "post_layernorm", "final_layernorm"):
-        for owner in (stack_owner, module):
-            if isinstance(getattr(owner, norm, None), torch.nn.Module):
-                setattr(owner, norm, torch.nn.Identity())
-
-
-def _layer_stack(module: torch.nn.Module, component: str) -> tuple[torch.nn.Module, str, torch.nn.ModuleList]:
-    """Find the longest stack of layers that is not part of something cut away."""
-    found: list[tuple[int, torch.nn.Module, str, torch.nn.ModuleList]] = []
-
-    def visit(owner: torch.nn.Module) -> None:
-        for name, child in owner.named_children():
-            if isinstance(child, torch.nn.ModuleList):
-                found.append((len(child), owner, name, child))
-            elif not is_unused(child):
-                visit(child)
-
-    visit(module)
-    if not found:
-        raise RecipeError(f"component {component!r} ({type(module).__name__}) has no stack of layers")
-    _, owner, name, layers = max(found, key=lambda each: each[0])
-    return owner, name, layers

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from triptych.components.files import Files
@@ -21,16 +22,19 @@ ITEM_BITS = {
 
 MAX_HEADER = 100_000_000
 """The format's own limit for a header, in bytes."""
+FIRST_READ = 65_536
+"""Bytes asked for at first: most headers fit, and then one request to the hub is enough."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a weight file."""
+    """One tensor of a weight file; `start` is where it begins in the file's data."""
 
     file: str
     key: str
     dtype: str
     shape: tuple[int, ...]
+    start: int
     nbytes: int
 
 
@@ -40,28 +44,49 @@ def read_header(files: Files, name: str) -> tuple[dict[str, TensorInfo], int]:
     Raises:
         ComponentFileError: the file is no safetensors file or its header is broken.
     """
-    length = int.from_bytes(files.read(name, 0, 8), "little")
-    if not 2 <= length <= MAX_HEADER:
+    first = files.read(name, 0, FIRST_READ)
+    length = int.from_bytes(first[:8], "little")
+    if first.startswith(b"version https://git-lfs"):
+        raise ComponentFileError(name, "is a Git LFS pointer, not the file itself (`git lfs pull` brings it)")
+    if len(first) < 8 or not 2 <= length <= MAX_HEADER:
         raise ComponentFileError(name, "is not a safetensors file (its header length makes no sense)")
-    raw = files.read(name, 8, 8 + length)
+    raw = first[8 : 8 + length]
+    if len(raw) < length and len(first) == FIRST_READ:
+        raw += files.read(name, FIRST_READ, 8 + length)
     if len(raw) < length:
         raise ComponentFileError(name, f"is truncated: {len(raw)} of {length} header bytes are there")
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         tensors = {key: _tensor(name, key, entry) for key, entry in header.items()}
-        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        end = _check_contiguous(tensors.values())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ComponentFileError(name, f"has a broken safetensors header ({type(error).__name__}: {error})") from error
     return tensors, 8 + length + end
 
 
 def _tensor(file: str, key: str, entry: dict[str, object]) -> TensorInfo:
-    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[misc]
+    dtype, shape, (start, end) = entry["dtype"], _counts(entry["shape"]), _counts(entry["data_offsets"])
     bits = ITEM_BITS.get(str(dtype))
     if bits is None:
         raise ValueError(f"tensor {key!r} has the unknown dtype {dtype!r}")
-    nbytes = math.prod(shape) * bits // 8  # type: ignore[arg-type]
-    if nbytes != end - begin:
-        raise ValueError(f"tensor {key!r} is {nbytes} bytes by its shape and {end - begin} by its offsets")
-    return TensorInfo(file, key, str(dtype), tuple(shape), nbytes)  # type: ignore[arg-type]
+    nbytes = math.prod(shape) * bits // 8
+    if nbytes != end - start:
+        raise ValueError(f"tensor {key!r} is {nbytes} bytes by its shape and {end - start} by its offsets")
+    return TensorInfo(file, key, str(dtype), shape, start, nbytes)
+
+
+def _counts(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(type(each) is not int or each < 0 for each in value):
+        raise ValueError(f"{value!r} should be a list of sizes")
+    return tuple(value)
+
+
+def _check_contiguous(tensors: Iterable[TensorInfo]) -> int:
+    """Check that the tensors lie side by side, as the format demands; returns where the last one ends."""
+    end = 0
+    for tensor in sorted(tensors, key=lambda each: (each.start, each.nbytes)):
+        if tensor.start != end:
+            raise ValueError(f"tensor {tensor.key!r} starts at {tensor.start}, but the one before it ends at {end}")
+        end += tensor.nbytes
+    return end

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from triptych.errors import HollowComponentError
 
@@ -17,54 +17,65 @@ running_stage: ContextVar[str | None] = ContextVar("running_stage", default=None
 _RUNNERS = ("forward", "encode", "decode", "generate")
 
 
-def settle(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def settle(module: torch.nn.Module, device: torch.device, dtype: Callable[[], torch.dtype], **members: object) -> None:
     """Make a module report the device and dtype it works with, whatever its meta parameters say.
 
     The libraries read a module's device off its first parameter. With half of the parameters left on the meta device
-    that is an accident, and a helper that asks for it would quietly make meta tensors.
+    that is an accident, and a helper that asks for it would quietly make meta tensors. Both are properties of the
+    class, so the module gets a subclass of its own, under the same name: transformers looks its classes up by it.
+
+    Args:
+        dtype: called when the dtype is asked for.
+        members: more members of the subclass.
     """
     cls = type(module)
-    namespace = {
+    namespace: dict[str, object] = {
         "device": property(lambda self: device),
-        "dtype": property(lambda self: dtype),
+        "dtype": property(lambda self: dtype()),
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
+        **members,
     }
     module.__class__ = type(cls.__name__, (cls,), namespace)
 
 
-def hollow_out(module: torch.nn.Module, component: str, role: str) -> None:
+def hollow_out(
+    module: torch.nn.Module, component: str, role: str, *, device: torch.device, dtype: Callable[[], torch.dtype]
+) -> None:
     """Move a module to the meta device and let everything that would run it raise `HollowComponentError`."""
-    module.to("meta")
     raiser = _raiser(component, role, None)
-    for name in _RUNNERS:
-        if callable(getattr(module, name, None)):
-            setattr(module, name, raiser)
-    for name, part in module.named_children():
-        part.register_forward_pre_hook(_raiser(component, role, name))
+    runners = {name: raiser for name in _RUNNERS if callable(getattr(module, name, None))}
+    for path, part in module.named_children():
+        guard_part(part, component, role, path)
+    module.to("meta")
+    settle(module, device, dtype, triptych_hollow=True, **runners)
 
 
 def guard_part(part: torch.nn.Module, component: str, role: str, path: str) -> None:
-    """Move an unused submodule to the meta device and let running it raise `HollowComponentError`."""
+    """Move an unused submodule to the meta device and let running it, or a part of it, raise `HollowComponentError`."""
     part.to("meta")
-    part.register_forward_pre_hook(_raiser(component, role, path))
     part.triptych_unused = True  # type: ignore[assignment]
+    for name, each in part.named_modules(prefix=path):
+        each.register_forward_pre_hook(_raiser(component, role, name))
 
 
-def is_unused(part: torch.nn.Module) -> bool:
-    """Return whether a submodule was cut away by `guard_part`."""
-    return "triptych_unused" in vars(part)
+def used_modules(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
+    """List a module and its parts, each under every path it has, except those that were cut away by `guard_part`."""
+    if "triptych_unused" in vars(module):
+        return
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from used_modules(child, f"{prefix}.{name}" if prefix else name)
 
 
 def is_hollow(module: object) -> bool:
     """Return whether a module was hollowed out: none of its weights are here."""
-    import torch
-
-    return isinstance(module, torch.nn.Module) and "forward" in vars(module)
+    return getattr(type(module), "triptych_hollow", False) is True
 
 
-def _raiser(component: str, role: str, part: str | None) -> Callable[..., NoReturn]:
+def _raiser(component: str, role: str, part: str | None) -> Callable[..., Any]:
     def run(*_: object, **__: object) -> NoReturn:
         raise HollowComponentError(component, role, running_stage.get(), part)
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from triptych.components.blueprint import Blueprint, CannotLoadByKey, Slot, component_class, draw, has_weights
-from triptych.components.dtypes import resolve_dtype
+from triptych.components.blueprint import Blueprint, Slot, component_class, draw, draw_hollow, has_weights
+from triptych.components.cutting import CannotLoadByKey
+from triptych.components.dtypes import HEADER_NAMES, resolve_dtype
+from triptych.components.headers import TensorInfo
 from triptych.components.need import Need
 from triptych.components.repository import Repository
 from triptych.errors import ComponentFileError, ModelError
 
 log = logging.getLogger(__name__)
+
+MAPPED_AT_ONCE = 32 * 2**20
+"""Bytes of a file that are mapped beside the copies made of them; then the file is opened anew."""
 
 
 @dataclass
@@ -40,75 +45,105 @@ def load_component(
     """
     cls = component_class(repository, name)
     if not has_weights(cls):
-        return Loaded(_from_pretrained(cls, repository, name, weights=[]), 0)
-    dtype: torch.dtype = getattr(torch, resolve_dtype(repository, name, dtypes))
+        return Loaded(_from_pretrained(cls, repository, name), 0)
+
+    def dtype() -> torch.dtype:
+        found: torch.dtype = getattr(torch, resolve_dtype(repository, name, dtypes))
+        return found
+
+    if not need.weights:
+        return Loaded(draw_hollow(repository, name, dtype=dtype, device=device, role=role), 0)
+    if not repository.weight_files(name) and not repository.unsafe_weight_files(name):
+        raise ComponentFileError(f"{name}/", f"has no weight file{repository.variants_hint(name)}")
     try:
-        blueprint = draw(repository, name, need, dtype=dtype, device=device, role=role)
-        if need.weights:
-            fill(blueprint, repository, name, device)
+        blueprint = draw(repository, name, need, dtype=dtype(), device=device, role=role)
     except CannotLoadByKey as reason:
-        if not need.is_full:
-            log.warning("%s is loaded whole, not only %s: %s", name, need, reason)
-        return _load_whole(cls, repository, name, device, dtype)
+        log.warning("%s of %s is loaded whole by %s: %s", name, repository.name, cls.__name__, reason)
+        return _load_whole(cls, repository, name, device, dtype())
+    fill(blueprint, repository, name, device)
     return Loaded(blueprint.module, blueprint.nbytes)
 
 
 def fill(blueprint: Blueprint, repository: Repository, component: str, device: torch.device) -> None:
-    """Read a blueprint's weights, file by file, so that no more than one file's pages are held beside the copies.
+    """Read a blueprint's weights, file by file.
 
-    Weights that need no cast stay mapped from the file: they cost memory once for all processes of a machine.
+    Weights that need no cast stay mapped from the file: they cost memory once for all processes of a machine. Of a
+    file whose weights are cast or moved, no more than `MAPPED_AT_ONCE` is held beside the copies.
 
     Raises:
         ComponentFileError: a weight file is missing or truncated.
     """
     from safetensors import SafetensorError, safe_open
 
-    by_file: dict[str, list[Slot]] = defaultdict(list)
+    by_file: dict[str, list[tuple[Slot, TensorInfo]]] = defaultdict(list)
     for slot in blueprint.slots:
-        if slot.source is None:
-            raise ComponentFileError(f"{component}/", f"has no weight file in {repository.name}")
-        by_file[slot.source.file].append(slot)
+        assert slot.source is not None, slot.names
+        by_file[slot.source.file].append((slot, slot.source))
     repository.check_complete(component, by_file)
-    folder = repository.local(component, weights=list(by_file))
-    for name, slots in by_file.items():
+    folder = repository.local(component, weights=list(by_file)).parent
+    for name, sources in by_file.items():
         try:
-            with safe_open(folder.parent / name, framework="pt") as file:
-                for slot in slots:
-                    assert slot.source is not None
-                    slot.fill(file.get_tensor(slot.source.key).to(device=device, dtype=slot.dtype))
+            for batch in _batches(sorted(sources, key=lambda each: each[1].start), device):
+                with safe_open(folder / name, framework="pt") as file:
+                    for slot, source in batch:
+                        slot.fill(file.get_tensor(source.key).to(device=device, dtype=slot.dtype))
         except (SafetensorError, OSError) as error:
             raise ComponentFileError(name, f"cannot be read: {error}") from error
+    for part in blueprint.module.modules():  # buffers that no checkpoint holds
+        for key, buffer in part._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                part._buffers[key] = buffer.to(device)
 
 
-def _load_whole(
-    cls: type[Any], repository: Repository, name: str, device: torch.device, dtype: torch.dtype
-) -> Loaded:
-    module = _from_pretrained(cls, repository, name, dtype=dtype)
-    if not getattr(module, "hf_quantizer", None):
+def _batches(sources: list[tuple[Slot, TensorInfo]], device: torch.device) -> Iterator[list[tuple[Slot, TensorInfo]]]:
+    """Cut a file's weights into those to read from one mapping: all that stay mapped, and so many that do not."""
+    batch: list[tuple[Slot, TensorInfo]] = []
+    copied = 0
+    for slot, source in sources:
+        batch.append((slot, source))
+        stays = device.type == "cpu" and HEADER_NAMES.get(source.dtype) == str(slot.dtype).removeprefix("torch.")
+        copied += 0 if stays else source.nbytes
+        if copied >= MAPPED_AT_ONCE:
+            yield batch
+            batch, copied = [], 0
+    if batch:
+        yield batch
+
+
+def _load_whole(cls: type[Any], repository: Repository, name: str, device: torch.device, dtype: torch.dtype) -> Loaded:
+    """Load a component through its library.
+
+    Raises:
+        ModelError: the library could not, or some weights are missing (which it would make up).
+    """
+    for file in repository.unsafe_weight_files(name) if not repository.weight_files(name) else ():
+        log.warning("%s is a pickle: it is read by torch.load(weights_only=True), which runs no code of it", file)
+    module, info = _from_pretrained(cls, repository, name, dtype=dtype, output_loading_info=True)
+    for problem in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info.get(problem, ()))):
+            raise ComponentFileError(
+                f"{name}/", f"{problem.replace('_', ' ')} of {cls.__name__}: {', '.join(keys[:3])}"
+            )
+    if getattr(module, "hf_quantizer", None) is None:
         module = module.to(device)
-    module.eval()
-    tensors = [*module.parameters(), *module.buffers()]
-    return Loaded(module, sum(tensor.nbytes for tensor in tensors))
+    module = module.eval().requires_grad_(False)
+    return Loaded(module, sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()]))
 
 
-def _from_pretrained(
-    cls: type[Any], repository: Repository, name: str, *, weights: list[str] | None = None, dtype: Any = None
-) -> Any:
-    """Load a component through its own library.
+def _from_pretrained(cls: type[Any], repository: Repository, name: str, **options: object) -> Any:
+    """Load a component through its own library; without `options`, one that has no weights.
 
     Raises:
         ModelError: the library could not.
     """
-    options: dict[str, object] = {}
-    if dtype is not None:
-        options["dtype"] = dtype
-        if repository.variant and any(f".{repository.variant}." in file for file in repository.weight_files(name)):
-            options["variant"] = repository.variant
+    weights = repository.weight_files(name) or repository.unsafe_weight_files(name) if options else []
+    if repository.variant and any(f".{repository.variant}." in file for file in weights):
+        options["variant"] = repository.variant
     folder = repository.local(name, weights=weights)
     if not folder.is_dir():
         raise ComponentFileError(f"{name}/", f"is missing from {repository.name}")
     try:
         return cls.from_pretrained(str(folder), **options)
-    except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:  # libraries, and tokenizers written in Rust, raise anything on damaged files
         problem = f"{cls.__name__} could not be loaded ({type(error).__name__}: {error})"
         raise ModelError(f"component {name!r} of {repository.name}: {problem}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,11 +17,11 @@ from triptych.errors import ComponentFileError, ModelError, did_you_mean
 log = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
-_CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json")
+_CONFIGS = (
+    "config.json", "scheduler_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json",
+)  # fmt: skip
 _STEMS = ("diffusion_pytorch_model", "model")
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf")
-LIBRARIES = ("diffusers", "transformers")
-"""The libraries whose classes a repository may name. Code that ships inside a repository is never run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Repository:
     options: dict[str, object]
     defaults: dict[str, object]
     _sizes: dict[str, int] = field(repr=False)
-    _tensors: dict[str, dict[str, TensorInfo]] = field(default_factory=dict, repr=False)
+    _headers: dict[str, tuple[dict[str, TensorInfo], int]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, source: str | Path, *, revision: str | None = None, variant: str | None = None) -> Repository:
@@ -68,18 +69,23 @@ class Repository:
         family = index.pop("_class_name", None)
         if not isinstance(family, str):
             raise ComponentFileError(INDEX, "names no pipeline class (`_class_name`)")
+        folders = {name.partition("/")[0] for name in sizes if "/" in name}
         components: dict[str, Entry] = {}
         options: dict[str, object] = {}
         for name, value in index.items():
             if name.startswith("_"):
                 continue
-            if isinstance(value, list) and len(value) == 2 and all(part is None or isinstance(part, str) for part in value):
-                if value[0] is not None and value[1] is not None:
-                    components[name] = Entry(name, value[0], value[1])
-            elif isinstance(value, list) and len(value) == 2 and isinstance(value[1], (list, dict)):
-                raise ComponentFileError(INDEX, f"entry {name!r} should be [library, class], not {value!r}")
-            else:
-                options[name] = value
+            match value:
+                case [str(library), str(class_name)]:
+                    components[name] = Entry(name, library, class_name)
+                case [None, None]:
+                    pass
+                case _ if name in folders or (
+                    isinstance(value, list) and value[:1] in (["diffusers"], ["transformers"])
+                ):
+                    raise ComponentFileError(INDEX, f"entry {name!r} should be [library, class], not {value!r}")
+                case _:
+                    options[name] = value
         if not components:
             raise ComponentFileError(INDEX, "lists no components")
         defaults = _object(files, "triptych.json").get("defaults", {}) if "triptych.json" in sizes else {}
@@ -95,20 +101,14 @@ class Repository:
         """Return a component's entry in the index.
 
         Raises:
-            ModelError: the repository has no such component, or its class comes from a library that is not trusted.
+            ModelError: the repository has no such component.
         """
         if component not in self.components:
             raise ModelError(
                 f"{self.name} has no component {component!r}{did_you_mean(component, self.components)}. "
                 f"Its {INDEX} lists: {', '.join(self.components)}"
             )
-        entry = self.components[component]
-        if entry.library not in LIBRARIES:
-            raise ModelError(
-                f"component {component!r} of {self.name} is a class of {entry.library!r}; only classes of "
-                f"{' and '.join(LIBRARIES)} are loaded, never code that comes with a model"
-            )
-        return entry
+        return self.components[component]
 
     def config(self, component: str) -> dict[str, object]:
         """Return a component's configuration.
@@ -129,19 +129,29 @@ class Repository:
         Raises:
             ComponentFileError: a shard that the index names is missing.
         """
-        transformers = component in self.components and self.components[component].library == "transformers"
-        stems = reversed(_STEMS) if transformers else _STEMS
-        candidates = [(stem, suffix) for suffix in {f".{self.variant}" if self.variant else "": 0, "": 0} for stem in stems]
-        for stem, suffix in candidates:
-            index = f"{component}/{stem}.safetensors.index{suffix}.json"
-            single = f"{component}/{stem}{suffix}.safetensors"
-            if (index in self._sizes or single in self._sizes) and self.variant and not suffix:
-                log.warning("%s has no %r files for %s: its plain ones are used", self.name, self.variant, component)
-            if index in self._sizes:
-                return self._shards(component, index)
-            if single in self._sizes:
+        for variant in dict.fromkeys((f".{self.variant}" if self.variant else "", "")):
+            for stem in _STEMS:
+                single = f"{component}/{stem}{variant}.safetensors"
+                index = f"{component}/{stem}.safetensors.index{variant}.json"
+                if single not in self._sizes and index not in self._sizes:
+                    continue
+                if self.variant and not variant:
+                    log.warning(
+                        "%s has no %r files for %s: its plain ones are used", self.name, self.variant, component
+                    )
+                # Where there are both, diffusers takes the shards and transformers the single file.
+                if index in self._sizes and (stem == _STEMS[0] or single not in self._sizes):
+                    return self._shards(component, index)
                 return [single]
         return []
+
+    def variants_hint(self, component: str) -> str:
+        """Return what to add to the complaint that a component has no weight file, if it has some of a variant."""
+        stems = "|".join(_STEMS)
+        names = self._others(component, ".safetensors")
+        found = {match[1] for name in names if (match := re.search(rf"/(?:{stems})\.([^.-]+)[^/]*$", name))}
+        found -= {"safetensors"}
+        return f", except in variant {' or '.join(map(repr, sorted(found)))} (pass variant=)" if found else ""
 
     def unsafe_weight_files(self, component: str) -> list[str]:
         """Return the weight files of a component that are not safetensors."""
@@ -153,12 +163,18 @@ class Repository:
         Raises:
             ComponentFileError: a file is missing or its header is broken.
         """
-        if component not in self._tensors:
-            found: dict[str, TensorInfo] = {}
-            for name in self.weight_files(component):
-                found |= read_header(self.files, name)[0]
-            self._tensors[component] = found
-        return self._tensors[component]
+        found: dict[str, TensorInfo] = {}
+        for name in self.weight_files(component):
+            found |= self._header(name)[0]
+        return found
+
+    def stored_bytes(self, component: str) -> int:
+        """Return the bytes of a component's files that hold weights in the chosen variant, as far as they are here."""
+        try:
+            names = self.weight_files(component) or self.unsafe_weight_files(component)
+        except ComponentFileError:
+            names = self._others(component, ".safetensors")
+        return sum(self._sizes[name] for name in names)
 
     def check_complete(self, component: str, names: Iterable[str] | None = None) -> None:
         """Check that weight files of a component (by default all) are as long as their headers say.
@@ -167,7 +183,7 @@ class Repository:
             ComponentFileError: one is not.
         """
         for name in self.weight_files(component) if names is None else names:
-            _, size = read_header(self.files, name)
+            _, size = self._header(name)
             if self._sizes[name] != size:
                 raise ComponentFileError(name, f"is truncated or damaged: {self._sizes[name]} bytes instead of {size}")
 
@@ -187,22 +203,20 @@ class Repository:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A short hash of index, configurations and weight sizes: equal on every machine that has the same model."""
+        """A short hash of index, configurations and weight sizes (from the hub: of the commit), to tell models apart."""
         import xxhash
 
-        digest = xxhash.xxh3_64()
-        for name in (INDEX, *sorted(self._configs())):
-            digest.update(json.dumps([name, _object(self.files, name)], sort_keys=True).encode())
         if self.files.revision:
-            digest.update(self.files.revision.encode())
-        else:
-            sizes = {name: size for name, size in self._sizes.items() if name.endswith((".safetensors", *_UNSAFE))}
-            digest.update(json.dumps(sizes, sort_keys=True).encode())
-        return digest.hexdigest()
+            return xxhash.xxh3_64(self.files.revision.encode()).hexdigest()
+        names = [INDEX, *(f"{component}/{config}" for component in sorted(self.components) for config in _CONFIGS)]
+        configs = {name: _object(self.files, name) for name in names if name in self._sizes}
+        weights = {name: size for name, size in self._sizes.items() if name.endswith((".safetensors", *_UNSAFE))}
+        return xxhash.xxh3_64(json.dumps([configs, weights], sort_keys=True).encode()).hexdigest()
 
-    def _configs(self) -> list[str]:
-        names = (f"{component}/{config}" for component in self.components for config in _CONFIGS)
-        return [name for name in names if name in self._sizes]
+    def _header(self, name: str) -> tuple[dict[str, TensorInfo], int]:
+        if name not in self._headers:
+            self._headers[name] = read_header(self.files, name)
+        return self._headers[name]
 
     def _others(self, component: str, suffix: str) -> list[str]:
         return [name for name in self._sizes if name.startswith(f"{component}/") and name.endswith(suffix)]
@@ -227,4 +241,3 @@ def _object(files: Files, name: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise ComponentFileError(name, f"should hold a JSON object, not a {type(value).__name__}")
     return value
-

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from triptych.components.blueprint import Blueprint, CannotLoadByKey, component_class, draw, has_weights
+from triptych.components.blueprint import Blueprint, component_class, draw, has_weights
+from triptych.components.cutting import CannotLoadByKey
 from triptych.components.dtypes import NAMES, DtypeSpec, parse_dtype, resolve_dtype
 from triptych.components.need import Need
 from triptych.components.repository import Repository
@@ -141,7 +142,7 @@ class _Counter:
     def _count(self, name: str, need: Need) -> int:
         if not need.weights:
             return 0
-        key = (name, Need(need.weights, need.unused, need.hidden_states))
+        key = (name, replace(need, required=True, condition=None))
         if key not in self._bytes:
             dtype = getattr(torch, self._dtype_of(name))
             try:
