@@ -223,9 +223,9 @@ def test_a_joined_need_is_optional_only_where_both_are() -> None:
         (Need.CONFIG, "config"),
         (Need.ENCODE, "encoding half"),
         (Need.DECODE.optional(), "decoding half"),
-        (Need.hidden(9, 18), "without <head>, <vision>; hidden states 9, 18"),
-        (Need.BODY, "without <head>"),
-        (Need.without("a", "b"), "without a, b"),
+        (Need.hidden(9, 18), "hidden states 9, 18, no head, no vision"),
+        (Need.BODY, "no head"),
+        (Need.without("a", "b"), "no a, no b"),
     ],
 )
 def test_a_need_reads_as_words(need: Need, text: str) -> None:

@@ -75,14 +75,16 @@ class Need:
             return "config"
         if self.is_full:
             return "full"
-        if self.unused == Need.ENCODE.unused:
-            return "encoding half"
-        if self.unused == Need.DECODE.unused:
-            return "decoding half"
-        parts = [f"without {', '.join(sorted(idle))}"] if (idle := self.unused | self.unread) else []
+        words, idle = [], self.unused | self.unread
+        for half, name in ((Need.ENCODE, "encoding half"), (Need.DECODE, "decoding half")):
+            if half.unused <= idle:
+                words.append(name)
+                idle -= half.unused
         if self.hidden_states is not None:
-            parts.append(f"hidden states {', '.join(map(str, sorted(self.hidden_states)))}")
-        return "; ".join(parts)
+            entries = ", ".join(str(entry) for entry in sorted(self.hidden_states))
+            words.append("last hidden state" if self.hidden_states == {-1} else f"hidden states {entries}")
+        words += sorted(f"no {part.split('.')[-1].strip('<>')}" for part in idle)
+        return ", ".join(words)
 
     def __or__(self, other: Need) -> Need:
         """Return the need that satisfies both."""
