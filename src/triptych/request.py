@@ -57,19 +57,26 @@ def fill_in(
     for name in given:
         if name not in defaults:
             raise UnknownParameterError(name, family, defaults)
-    values = {**defaults, **{name: value for name, value in better.items() if name in defaults}, **given}
+    values = {**defaults, **better, **given}
     for name, value in values.items():
         if value is None and defaults[name] is not None and name != "seed":
             values[name] = value = better.get(name, defaults[name])
         if value is not None and (check := _CHECKS.get(name)) is not None:
             check(name, value)
     if values["seed"] is None:
-        values["seed"] = random.SystemRandom().randrange(2**32)
+        values["seed"] = draw_seed()
     return values
+
+
+def draw_seed() -> int:
+    """Return a seed that nobody chose."""
+    return random.SystemRandom().randrange(2**32)
 
 
 def split_prompts(given: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return one set of parameters per prompt where `prompt` is a list, else the parameters as they are.
+
+    All have the seed that was given, or one that is drawn for them together.
 
     Raises:
         ParameterError: the list is empty, or `negative_prompt` is a list of another length.
@@ -79,6 +86,7 @@ def split_prompts(given: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [dict(given)]
     if not prompts:
         raise ParameterError("prompt", prompts, "the list is empty")
+    given = {**given, "seed": draw_seed() if given.get("seed") is None else given["seed"]}
     negative = given.get("negative_prompt")
     if isinstance(negative, (list, tuple)):
         if len(negative) != len(prompts):

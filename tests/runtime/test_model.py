@@ -1,6 +1,7 @@
 """A loaded model: what a role has, what it refuses, and that a hand-over can be run again."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import triptych
-from triptych.errors import Cancelled, ParameterError, RoleError, UsageError, WrongRoleError
+from triptych.errors import Cancelled, ModelError, ParameterError, RoleError, UsageError, WrongRoleError
 from triptych.roles import RoleType
 from triptych.runtime.model import Model
 
@@ -159,3 +160,19 @@ def test_an_unknown_device_or_role_is_a_usage_error(klein: Path) -> None:
         triptych.load(klein, device="cuda:99")
     with pytest.raises(RoleError):
         triptych.load(klein, role="painter")
+
+
+def test_several_prompts_are_as_many_requests_with_one_seed(klein: Path) -> None:
+    model = triptych.load(klein, device="cpu")
+    ask = {**ASK, "prompt": ["a red fox", "a blue house"], "seed": None}
+    both = model.generate(**ask)
+    single = [model.generate(**{**ask, "prompt": prompt, "seed": both.seed}).images for prompt in ask["prompt"]]
+    assert torch.equal(both.images, torch.cat(single))
+    assert both.parameters["prompt"] == ask["prompt"]
+
+
+def test_a_model_s_own_defaults_must_be_parameters_of_its_family(klein: Path, tmp_path: Path) -> None:
+    shutil.copytree(klein, tmp_path / "model")
+    (tmp_path / "model/triptych.json").write_text('{"defaults": {"guidance": 3.0}}')
+    with pytest.raises(ModelError, match=r"triptych.json: .* no parameter 'guidance'; did you mean 'guidance_scale'"):
+        triptych.load(tmp_path / "model", device="cpu")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from triptych.components.need import Need, join
 from triptych.components.repository import Repository
-from triptych.errors import ParameterError, RoleError, TriptychError, UsageError, did_you_mean
+from triptych.errors import ComponentFileError, ParameterError, RoleError, TriptychError, UsageError, did_you_mean
 from triptych.request import pipeline_parameters
 from triptych.roles import RoleType, filter_modules_for_role
 from triptych.stages.base import Stage, stage_name
@@ -88,10 +88,14 @@ class Family:
 
         Raises:
             RecipeError: the stages' declarations contradict each other.
-            ModelError: the repository lacks a component that a stage needs.
+            ModelError: the repository lacks a component that a stage needs, or its `triptych.json` names no parameter.
         """
         check_recipe(self.recipe, self.parameters, self.repository.family)
         check_components(self.recipe, self.repository)
+        for name in self.repository.defaults:
+            if name not in self.parameters:
+                hint = did_you_mean(name, self.parameters)
+                raise ComponentFileError("triptych.json", f"{self.repository.family} has no parameter {name!r}{hint}")
 
     def needs_of(self, stage: type[Stage]) -> dict[str, Need]:
         """Return what a stage needs of this repository: its own needs and what its helpers' constructor reads."""

@@ -116,9 +116,10 @@ class Model:
         return state
 
     def generate(self, *, on_step: OnStep | None = None, **parameters: Any) -> Result:
-        """Make what the parameters ask for, in this process. A list of prompts becomes as many requests.
+        """Make what the parameters ask for, in this process.
 
-        The parameters are the family's pipeline's own, and `seed`, `output_type`, `exact`.
+        A list of prompts becomes as many requests, all with the same seed; their outputs are joined in order. The
+        parameters are the family's pipeline's own, and `seed` and `exact`.
 
         Raises:
             WrongRoleError: this process has not all roles.
@@ -221,7 +222,8 @@ def gather(results: list[Result]) -> Result:
     first = results[0]
     joined = {name: _concatenate([getattr(each, name) for each in results]) for name in ("images", "frames", "audio")}
     seconds = {stage: sum(each.timings[stage] for each in results) for stage in first.timings}
-    return replace(first, **joined, timings=seconds)
+    told = {**first.parameters, "prompt": [each.parameters.get("prompt") for each in results]}
+    return replace(first, **joined, timings=seconds, parameters=told)
 
 
 def _concatenate(outputs: list[Any]) -> Any:
@@ -241,8 +243,8 @@ def pick_device(device: str | torch.device) -> torch.device:
         UsageError: there is no such device.
     """
     if str(device) == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator if accelerator is not None else torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
     try:
         picked = torch.device(device)
         torch.empty(0, device=picked)
