@@ -17,7 +17,7 @@ from PIL import Image
 
 import triptych
 from triptych import embedded
-from triptych.cli import generate, run
+from triptych.cli import generate, output, run
 
 
 @pytest.fixture(autouse=True)
@@ -229,13 +229,13 @@ def test_an_unexpected_error_is_exit_code_1_and_its_traceback_is_shown_on_reques
      ("a/../b", "a-b"), ("x" * 200, "x" * 60), ("snake_case", "snake-case")],
 )  # fmt: skip
 def test_a_prompt_becomes_a_file_name(prompt: str, expected: str) -> None:
-    assert generate.slug(prompt) == expected
+    assert output.slug(prompt) == expected
 
 
 def test_a_free_name_is_free_for_all_outputs() -> None:
     Path("fox-7-1.png").touch()
-    assert generate.free_path(Path("fox-7.png"), 1) == Path("fox-7.png")
-    assert generate.free_path(Path("fox-7.png"), 2) == Path("fox-7_2.png")
+    assert output.free_path(Path("fox-7.png"), 1) == Path("fox-7.png")
+    assert output.free_path(Path("fox-7.png"), 2) == Path("fox-7_2.png")
 
 
 def command(*arguments: str, **options: Any) -> subprocess.Popen[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -198,19 +199,17 @@ class Model:
 
     def _helper_pipeline(self, user: str, declared: Mapping[str, Need]) -> Any:
         """Build the family's diffusers pipeline from the components that `user` declares; touching others raises."""
-        import inspect
-
         family = self.family
         usable = family.present({**family.geometry, **declared})
         arguments: dict[str, Any] = {}
-        for name in list(inspect.signature(family.oracle.__init__).parameters)[1:]:
+        for name, parameter in list(inspect.signature(family.oracle.__init__).parameters.items())[1:]:
             if name in usable and name in self.components:
                 arguments[name] = self.components[name]
             elif name in family.repository.components and name not in declared:
                 arguments[name] = Undeclared(user, name)
             elif name in family.repository.options:
                 arguments[name] = family.repository.options[name]
-            else:
+            elif parameter.default is parameter.empty:
                 arguments[name] = None
         return family.oracle(**arguments)
 
@@ -250,6 +249,8 @@ def pick_device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=picked)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device={str(device)!r} is not available here: {str(error).splitlines()[0]}") from error
+    if picked.type == "meta":
+        raise UsageError("device='meta' computes nothing; use cpu, an accelerator, or auto")
     return picked
 
 

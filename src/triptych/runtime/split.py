@@ -124,7 +124,9 @@ def _process(
                 env=environment,
             )
         )
-        stack.callback(process.kill)  # before Popen's own exit, which waits
+        # Before Popen's own exit, which waits for no more than a moment after Ctrl-C.
+        stack.callback(process.wait)
+        stack.callback(process.kill)
         yield process, lambda: _last_line(sink)
 
 
