@@ -456,3 +456,22 @@ def test_scalar_and_empty_tensors_load(tmp_path: Path) -> None:
     model = CLIPModel(CLIPConfig(text_config=sizes, vision_config={**sizes, "image_size": 8, "patch_size": 4}))
     repo = write_component(tmp_path, model)
     assert_same_tensors(load(repo, "text_encoder").component, from_pretrained(repo, "text_encoder", torch.float32))
+
+
+def test_a_processor_whose_libraries_are_missing_gives_its_tokenizer_with_a_warning(
+    tiny_repo: TinyRepo, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    repo = copy(tiny_repo("flux2_klein"), tmp_path)
+    index = repo / "model_index.json"
+    entries = json.loads(index.read_text())
+    index.write_text(json.dumps({**entries, "tokenizer": ["transformers", "PixtralProcessor"]}))
+    dummy = type("PixtralProcessor", (), {"is_dummy": True, "_backends": ["torchvision"]})
+    monkeypatch.setattr(transformers, "PixtralProcessor", dummy)
+    tokenizer = load(repo, "tokenizer", Need.FULL).component
+    assert tokenizer("a fox")["input_ids"]
+    assert "PixtralProcessor needs libraries that are not installed" in caplog.text
+    index.write_text(json.dumps({**entries, "scheduler": ["transformers", "PixtralProcessor"]}))
+    with pytest.raises(ModelError, match="needs torchvision to be installed"):
+        load(repo, "scheduler", Need.FULL)

@@ -83,6 +83,12 @@ def component_class(repository: Repository, component: str) -> type[Any]:
         version = getattr(library, "__version__", "")
         problem = f"which the installed {entry.library} {version} does not have{hint}"
         raise ModelError(f"{what} is a {entry.class_name!r}, {problem}")
+    if getattr(cls, "is_dummy", False):  # stands for a class whose own libraries are not installed
+        if entry.class_name.endswith("Processor") and repository.has_tokenizer(component):
+            tokenizer: type[Any] = library.AutoTokenizer
+            return tokenizer
+        missing = ", ".join(getattr(cls, "_backends", ()))
+        raise ModelError(f"{what} is a {entry.library}.{entry.class_name}, which needs {missing} to be installed")
     if not hasattr(cls, "from_pretrained"):
         raise ModelError(f"{what} is a {entry.library}.{entry.class_name}, which is nothing that can be loaded")
     return cls

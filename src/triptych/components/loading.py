@@ -45,6 +45,9 @@ def load_component(
     """
     cls = component_class(repository, name)
     if not has_weights(cls):
+        if cls.__name__ == "AutoTokenizer":
+            wanted = repository.entry(name).class_name
+            log.warning("%s needs libraries that are not installed: only the tokenizer of %s is loaded", wanted, name)
         return Loaded(_from_pretrained(cls, repository, name), 0)
 
     def dtype() -> torch.dtype:

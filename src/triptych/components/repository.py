@@ -168,6 +168,10 @@ class Repository:
             found |= self._header(name)[0]
         return found
 
+    def has_tokenizer(self, component: str) -> bool:
+        """Return whether a tokenizer lies in a component's folder, by itself or as part of a processor."""
+        return f"{component}/tokenizer_config.json" in self._sizes
+
     def stored_bytes(self, component: str) -> int:
         """Return the bytes of a component's files that hold weights in the chosen variant, as far as they are here."""
         try:

@@ -1,0 +1,208 @@
+"""FLUX.1: text to image; guidance embedded where the transformer has a place for it, and true guidance beside it.
+
+Oracle: `diffusers.FluxPipeline`, without IP adapters. Of one prompt it draws several pictures; of given embeddings only
+as many as there are. Here given embeddings are repeated for `num_images_per_prompt` as those of a prompt are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from triptych.components.need import Need
+from triptych.errors import ParameterError
+from triptych.pipelines.base import Family, check_inputs, check_multiple
+from triptych.roles import RoleType
+from triptych.stages.base import Stage
+from triptych.stages.denoising import Denoising, Forward
+from triptych.state import View
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+
+class TextEncoding(Stage):
+    """Turn the prompt, and for guidance the negative prompt, into token and pooled embeddings.
+
+    CLIP gives the pooled one, (1, width); T5 those of the tokens, (1, tokens, width).
+    """
+
+    role = RoleType.ENCODER
+    needs = {
+        "text_encoder": Need.FULL, "tokenizer": Need.FULL, "text_encoder_2": Need.FULL, "tokenizer_2": Need.FULL,
+    }  # fmt: skip
+    writes = {
+        "prompt_embeds", "pooled_prompt_embeds", "text_ids",
+        "negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_text_ids",
+    }  # fmt: skip
+    reads = {
+        "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "true_cfg_scale", "max_sequence_length",
+        "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
+    }  # fmt: skip
+
+    def run(self, state: View) -> None:
+        given = state.prompt_embeds, state.pooled_prompt_embeds
+        texts = self.embed(state, state.prompt, state.prompt_2, *given)
+        state.prompt_embeds, state.pooled_prompt_embeds, state.text_ids = texts
+        given = state.negative_prompt_embeds, state.negative_pooled_prompt_embeds
+        guided = state.true_cfg_scale > 1 and (state.negative_prompt is not None or given[0] is not None)
+        negative = state.negative_prompt, state.negative_prompt_2
+        texts = self.embed(state, *negative, *given) if guided else (None, None, None)
+        state.negative_prompt_embeds, state.negative_pooled_prompt_embeds, state.negative_text_ids = texts
+
+    def embed(
+        self,
+        state: View,
+        prompt: str | None,
+        prompt_2: str | None,
+        embeds: torch.Tensor | None,
+        pooled: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        encoded: tuple[torch.Tensor, ...] = self.helpers.encode_prompt(
+            prompt=prompt,
+            prompt_2=prompt_2,
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled,
+            device=self.device,
+            max_sequence_length=state.max_sequence_length,
+        )
+        return encoded
+
+
+class FluxDenoising(Denoising):
+    """Denoise the packed latents, of shape (rows, tokens, channels)."""
+
+    needs = {"transformer": Need.FULL, "scheduler": Need.FULL}
+    reads = {
+        "prompt_embeds", "pooled_prompt_embeds", "text_ids", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
+        "negative_text_ids", "generator", "latents", "height", "width", "num_images_per_prompt", "num_inference_steps",
+        "sigmas", "true_cfg_scale", "guidance_scale", "exact",
+    }  # fmt: skip
+    writes = {"latents", "conditioning", "scheduler", "timesteps"}
+    shared = frozenset(("txt_ids", "img_ids"))
+
+    def begin(self, state: View) -> None:
+        import numpy as np
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+
+        outputs, steps = state.num_images_per_prompt, state.num_inference_steps
+        text = {"cond": (state.prompt_embeds, state.pooled_prompt_embeds, state.text_ids)}
+        if state.negative_prompt_embeds is not None:
+            negative = state.negative_prompt_embeds, state.negative_pooled_prompt_embeds, state.negative_text_ids
+            text["uncond"] = negative
+        rows, channels = len(state.prompt_embeds) * outputs, self.transformer.config.in_channels // 4
+        state.latents, latent_ids = self.helpers.prepare_latents(
+            rows,
+            channels,
+            state.height,
+            state.width,
+            state.prompt_embeds.dtype,
+            self.device,
+            state.generator,
+            state.latents,
+        )
+        state.conditioning = {
+            "text": {
+                branch: {
+                    "encoder_hidden_states": embeds.repeat_interleave(outputs, dim=0),
+                    "pooled_projections": pooled.repeat_interleave(outputs, dim=0),
+                    "txt_ids": ids,
+                }
+                for branch, (embeds, pooled, ids) in text.items()
+            },
+            "common": {"guidance": self.guidance(state.guidance_scale, rows), "img_ids": latent_ids},
+        }
+        state.scheduler = self.new_scheduler()
+        config = state.scheduler.config
+        mu = calculate_shift(
+            state.latents.shape[1],
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        sigmas = np.linspace(1.0, 1 / steps, steps) if state.sigmas is None else state.sigmas
+        if config.get("use_flow_sigmas"):
+            sigmas = None
+        state.timesteps, _ = retrieve_timesteps(state.scheduler, steps, self.device, sigmas=sigmas, mu=mu)
+        state.scheduler.set_begin_index(0)
+
+    def guidance(self, scale: float, rows: int) -> torch.Tensor | None:
+        """Return the scale as an input of a guidance-distilled transformer (dev); None for any other (schnell)."""
+        import torch
+
+        if not self.transformer.config.guidance_embeds:
+            return None
+        return torch.full([1], scale, device=self.device, dtype=torch.float32).expand(rows)
+
+    def model_inputs(self, state: View, i: int) -> list[Forward]:
+        latents = state.latents
+        timestep = state.timesteps[i].expand(latents.shape[0]).to(latents.dtype)
+        common = {"hidden_states": latents, "timestep": timestep / 1000, **state.conditioning["common"]}
+        text = state.conditioning["text"]
+        return [Forward("transformer", branch, {**common, **inputs}) for branch, inputs in text.items()]
+
+    def advance(self, state: View, i: int, prediction: Sequence[torch.Tensor]) -> None:
+        noise, *rest = prediction
+        for unconditional in rest:
+            noise = unconditional + state.true_cfg_scale * (noise - unconditional)
+        state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
+
+
+class Decoding(Stage):
+    """Undo the latents' packing and normalisation and decode them to images."""
+
+    role = RoleType.DECODER
+    needs = {"vae": Need.DECODE}
+    reads = {"latents", "height", "width", "output_type"}
+    writes = {"images"}
+
+    def run(self, state: View) -> None:
+        if state.output_type == "latent":
+            state.images = state.latents
+            return
+        factor, config = self.helpers.vae_scale_factor, self.vae.config
+        latents = self.helpers._unpack_latents(state.latents, state.height, state.width, factor)
+        latents = (latents / config.scaling_factor) + config.shift_factor
+        image = self.vae.decode(latents, return_dict=False)[0]
+        state.images = self.helpers.image_processor.postprocess(image, output_type=state.output_type)
+
+
+class Flux(Family):
+    """FLUX.1. True guidance is on where a negative prompt is given, even an empty one, and `true_cfg_scale` > 1."""
+
+    pipelines = ("FluxPipeline",)
+    tasks = {"text-to-image": "a picture from a prompt"}
+    # The pipeline's constructor asks the tokenizer for its longest text, in every role.
+    geometry = {"vae": Need.CONFIG, "tokenizer": Need.CONFIG}
+    refused = {
+        "joint_attention_kwargs", "ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image",
+        "negative_ip_adapter_image_embeds",
+    }  # fmt: skip
+
+    def compose(self) -> None:
+        self.add_stage(TextEncoding)
+        self.add_stage(FluxDenoising)
+        self.add_stage(Decoding)
+
+    def admit(self, parameters: dict[str, Any], helpers: Any) -> None:
+        for name in ("height", "width"):
+            parameters[name] = parameters[name] or helpers.default_sample_size * helpers.vae_scale_factor
+        check_multiple(parameters, ("height", "width"), helpers.vae_scale_factor * 2)
+        for name in ("prompt_2", "negative_prompt_2"):
+            if not isinstance(parameters[name], (str, type(None))):
+                raise ParameterError(name, parameters[name], "a text is accepted, the same for every prompt")
+        check_inputs(helpers, parameters)
+        embeds, negative_embeds = parameters["prompt_embeds"], parameters["negative_prompt_embeds"]
+        scale, negative = parameters["true_cfg_scale"], parameters["negative_prompt"] is not None
+        guided = scale > 1 and (negative or negative_embeds is not None)
+        if guided and embeds is not None and negative_embeds is not None and embeds.shape != negative_embeds.shape:
+            shapes = f"{tuple(negative_embeds.shape)} is not {tuple(embeds.shape)}"
+            raise ParameterError("negative_prompt_embeds", shapes, "the shape of `prompt_embeds` is accepted")
+        if scale > 1 and not guided:
+            log.warning("true_cfg_scale=%s has no effect: guidance needs a negative_prompt, even an empty one", scale)
+        elif negative and not guided:
+            log.warning("negative_prompt has no effect: guidance needs true_cfg_scale > 1")

@@ -1,0 +1,236 @@
+"""Z-Image: text to image, with classifier-free guidance, both branches in one forward as the oracle runs them.
+
+Oracle: `diffusers.ZImagePipeline`. Its guidance scale is one less than the usual convention: 0 is no guidance, and any
+scale above it gives `positive + scale x (positive - negative)`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from triptych.components.need import Need
+from triptych.errors import ParameterError, UsageError
+from triptych.pipelines.base import Family, check_multiple
+from triptych.roles import RoleType
+from triptych.stages.base import Stage
+from triptych.stages.denoising import Denoising, Forward
+from triptych.state import View
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SIZE = 1024
+"""Pixels a side where a request gives no size. The oracle has it in its call, not as an attribute."""
+
+
+class TextEncoding(Stage):
+    """Turn the prompt, and for guidance the negative prompt, into embeddings: lists of one (tokens, width) tensor.
+
+    Padding is left out, so every prompt has its own length.
+    """
+
+    role = RoleType.ENCODER
+    needs = {"text_encoder": Need.hidden(-2), "tokenizer": Need.FULL}
+    writes = {"prompt_embeds", "negative_prompt_embeds"}
+    reads = {"prompt", "negative_prompt", "guidance_scale", "max_sequence_length", *writes}
+
+    def run(self, state: View) -> None:
+        if state.prompt is None:
+            return  # embeddings take the place of both prompts
+        state.prompt_embeds, state.negative_prompt_embeds = self.helpers.encode_prompt(
+            prompt=state.prompt,
+            negative_prompt=state.negative_prompt,
+            do_classifier_free_guidance=state.guidance_scale > 0,
+            prompt_embeds=state.prompt_embeds,
+            negative_prompt_embeds=state.negative_prompt_embeds,
+            device=self.device,
+            max_sequence_length=state.max_sequence_length,
+        )
+
+
+class ZImageDenoising(Denoising):
+    """Denoise the latents, which stay float32 between steps.
+
+    A step is one forward: all positive rows, then where guidance is on all negative ones. `cfg_truncation` switches
+    guidance off for the rest of the way; `cfg_normalization` limits how far it may lengthen a prediction.
+    """
+
+    needs = {"transformer": Need.FULL, "scheduler": Need.FULL}
+    reads = {
+        "prompt_embeds", "negative_prompt_embeds", "generator", "latents", "height", "width", "num_images_per_prompt",
+        "num_inference_steps", "sigmas", "guidance_scale", "cfg_normalization", "cfg_truncation", "exact",
+    }  # fmt: skip
+    writes = {"latents", "conditioning", "scheduler", "timesteps"}
+
+    def begin(self, state: View) -> None:
+        import torch
+        from diffusers.pipelines.z_image.pipeline_z_image import (
+            calculate_shift,
+            get_default_z_image_sigmas,
+            retrieve_timesteps,
+        )
+
+        outputs, steps = state.num_images_per_prompt, state.num_inference_steps
+        text = {"cond": state.prompt_embeds}
+        if state.guidance_scale > 0:
+            text["uncond"] = state.negative_prompt_embeds
+        state.conditioning = {
+            branch: [each for each in embeds for _ in range(outputs)] for branch, embeds in text.items()
+        }
+        state.latents = self.helpers.prepare_latents(
+            len(state.conditioning["cond"]),
+            self.transformer.config.in_channels,
+            state.height,
+            state.width,
+            torch.float32,
+            self.device,
+            state.generator,
+            state.latents,
+        )
+        state.scheduler = self.new_scheduler()
+        config = state.scheduler.config
+        rows, columns = state.latents.shape[2] // 2, state.latents.shape[3] // 2
+        mu = calculate_shift(
+            rows * columns,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        sigmas = get_default_z_image_sigmas(steps) if state.sigmas is None else state.sigmas
+        state.timesteps, _ = retrieve_timesteps(state.scheduler, steps, self.device, sigmas=sigmas, mu=mu)
+        state.scheduler.set_begin_index(0)
+
+    def scale(self, state: View, i: int) -> float:
+        """Return the guidance scale of step i: 0 where there is none, and beyond the truncation."""
+        scale: float = max(state.guidance_scale, 0.0)
+        # As in the oracle, a truncation above 1 is none: no step lies there.
+        travelled = ((1000 - state.timesteps[i].float()) / 1000).item()
+        return 0.0 if float(state.cfg_truncation) <= 1 and travelled > state.cfg_truncation else scale
+
+    def model_inputs(self, state: View, i: int) -> list[Forward]:
+        text = state.conditioning
+        latents = state.latents.to(self.transformer.dtype)
+        timestep = (1000 - state.timesteps[i].expand(latents.shape[0])) / 1000
+        embeds = text["cond"]
+        if self.scale(state, i) > 0:
+            latents, timestep, embeds = latents.repeat(2, 1, 1, 1), timestep.repeat(2), embeds + text["uncond"]
+        # The third dimension is time: a picture is one frame.
+        return [Forward("transformer", "cond", {"x": latents.unsqueeze(2), "t": timestep, "cap_feats": embeds})]
+
+    def _forward(self, forward: Forward) -> torch.Tensor:
+        """Run the transformer, which takes and gives lists of latents, on one tensor with a row for each."""
+        import torch
+
+        inputs = {**forward.inputs, "x": list(forward.inputs["x"].unbind())}
+        return torch.stack(list(super()._forward(replace(forward, inputs=inputs))))
+
+    def advance(self, state: View, i: int, prediction: Sequence[torch.Tensor]) -> None:
+        import torch
+
+        scale, rows = self.scale(state, i), len(state.latents)
+        noise = prediction[0].float()
+        if scale > 0:
+            positive, negative = noise[:rows], noise[rows:]
+            noise = positive + scale * (positive - negative)
+            if (limit := float(state.cfg_normalization)) > 0:
+                noise = torch.stack([shorten(*each, limit) for each in zip(noise, positive)])
+        noise = -noise.squeeze(2)
+        state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
+
+
+class Decoding(Stage):
+    """Undo the latents' normalisation and decode them to images."""
+
+    role = RoleType.DECODER
+    needs = {"vae": Need.DECODE}
+    reads = {"latents", "output_type"}
+    writes = {"images"}
+
+    def run(self, state: View) -> None:
+        if state.output_type == "latent":
+            state.images = state.latents
+            return
+        config = self.vae.config
+        latents = (state.latents.to(self.vae.dtype) / config.scaling_factor) + config.shift_factor
+        image = self.vae.decode(latents, return_dict=False)[0]
+        state.images = self.helpers.image_processor.postprocess(image, output_type=state.output_type)
+
+
+class ZImage(Family):
+    """Z-Image, Turbo (without guidance, scale 0) and base. The negative prompt is empty where none is given."""
+
+    pipelines = ("ZImagePipeline",)
+    tasks = {"text-to-image": "a picture from a prompt"}
+    geometry = {"vae": Need.CONFIG}
+    admission = {"transformer": Need.CONFIG}
+    refused = {"joint_attention_kwargs"}
+
+    def compose(self) -> None:
+        self.add_stage(TextEncoding)
+        self.add_stage(ZImageDenoising)
+        self.add_stage(Decoding)
+
+    def admit(self, parameters: dict[str, Any], helpers: Any) -> None:
+        for name in ("height", "width"):
+            parameters[name] = parameters[name] or DEFAULT_SIZE
+        check_multiple(parameters, ("height", "width"), helpers.vae_scale_factor * 2)
+        for name in ("cfg_normalization", "cfg_truncation"):
+            if not isinstance(parameters[name], (int, float)):
+                raise ParameterError(name, parameters[name], "a number is accepted")
+        check_text(parameters)
+        check_latents(parameters, helpers)
+
+
+def check_text(parameters: Mapping[str, Any]) -> None:
+    """Check that there is a prompt, or embeddings for every branch.
+
+    Raises:
+        UsageError: something is missing, or embeddings are no list.
+    """
+    prompt, embeds = parameters["prompt"], parameters["prompt_embeds"]
+    negative, guided = parameters["negative_prompt_embeds"], parameters["guidance_scale"] > 0
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        if parameters[name] is not None and not isinstance(parameters[name], (list, tuple)):
+            raise ParameterError(name, parameters[name], "a list of tensors is accepted, one (tokens, width) a prompt")
+    if prompt is None and embeds is None:
+        raise UsageError("give `prompt` or `prompt_embeds`")
+    if prompt is None and guided and negative is None:
+        raise UsageError("guidance with `prompt_embeds` needs `negative_prompt_embeds`: give them, or guidance_scale=0")
+    count = len(embeds) if prompt is None else 1
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        if parameters[name] is not None and len(parameters[name]) != count:
+            raise ParameterError(name, parameters[name], f"{count} are expected, one a prompt")
+    if not guided and any(parameters[name] is not None for name in ("negative_prompt", "negative_prompt_embeds")):
+        log.warning("the negative prompt has no effect: guidance needs guidance_scale > 0")
+
+
+def check_latents(parameters: Mapping[str, Any], helpers: Any) -> None:
+    """Let the pipeline compare given latents with the size of the picture.
+
+    Raises:
+        ParameterError: they do not fit it.
+    """
+    latents = parameters["latents"]
+    if latents is None:
+        return
+    prompts = len(parameters["prompt_embeds"]) if parameters["prompt"] is None else 1
+    rows, channels = prompts * parameters["num_images_per_prompt"], helpers.transformer.config.in_channels
+    size = parameters["height"], parameters["width"]
+    try:
+        helpers.prepare_latents(rows, channels, *size, latents.dtype, latents.device, None, latents)
+    except (ValueError, AttributeError) as error:
+        raise ParameterError("latents", f"of shape {getattr(latents, 'shape', None)}", str(error)) from error
+
+
+def shorten(noise: torch.Tensor, positive: torch.Tensor, limit: float) -> torch.Tensor:
+    """Return one row's guided prediction, at most `limit` times as long as the unguided one."""
+    import torch
+
+    length, longest = torch.linalg.vector_norm(noise), torch.linalg.vector_norm(positive) * limit
+    return noise * (longest / length) if length > longest else noise
