@@ -34,7 +34,15 @@ UNREAD = {
         },
         "decoder": {"vae.bn.num_batches_tracked": BATCHES},
     },
+    "flux2": {
+        "encoder": {
+            "vae.bn.num_batches_tracked": BATCHES,
+            "text_encoder.model.language_model.rotary_emb.original_inv_freq": FREQUENCIES,
+        },
+        "decoder": {"vae.bn.num_batches_tracked": BATCHES},
+    },
     "qwen_image": {"encoder": {"text_encoder.model.language_model.rotary_emb.original_inv_freq": FREQUENCIES}},
+    "z_image": {"encoder": {"text_encoder.rotary_emb.original_inv_freq": FREQUENCIES}},
 }
 # What is read and without effect.
 TEXT_OF_THE_LAST_BLOCK = "diffusers' forward computes the text tokens after the last block, which nobody reads"

@@ -166,6 +166,12 @@ _QWEN: Mapping[str, Any] = {
 _WAN: Mapping[str, Any] = {
     "height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 4, "max_sequence_length": 16,
 }  # fmt: skip
+_FLUX2: Mapping[str, Any] = {"height": 64, "width": 48, "num_inference_steps": 2, "max_sequence_length": 64}
+_FLUX: Mapping[str, Any] = {"height": 64, "width": 48, "num_inference_steps": 2, "max_sequence_length": 16}
+_Z_IMAGE: Mapping[str, Any] = {"height": 64, "width": 48, "num_inference_steps": 2}
+_WAN_I2V: Mapping[str, Any] = {**_WAN, "image": picture()}
+_WAN_CLIP: Mapping[str, Any] = {**_WAN_I2V, "max_sequence_length": 512}
+_FASTWAN: Mapping[str, Any] = {**_WAN, "num_inference_steps": 3}
 
 CASES = (
     Case("flux2_klein", {}, _KLEIN_TASKS),
@@ -174,6 +180,17 @@ CASES = (
     Case("wan", {"version": "2.1"}, {"text-to-video": (_WAN,)}),
     Case("wan", {"version": "2.2"}, {"text-to-video": (_WAN,)}),
     Case("wan", {"version": "2.2-5b"}, {"text-to-video": (_WAN,)}),
+    Case("flux2", {}, {"text-to-image": (_FLUX2,), "edit": ({**_FLUX2, "image": picture()},)}),
+    Case("flux", {}, {"text-to-image": (_FLUX,)}),
+    Case("flux", {"guidance_embeds": False}, {"text-to-image": (_FLUX,)}),
+    Case("z_image", {}, {"text-to-image": (_Z_IMAGE,)}),
+    Case("wan_i2v", {"version": "2.1"}, {"image-to-video": (_WAN_CLIP,)}),
+    Case("wan_i2v", {"version": "2.1-flf"}, {"image-to-video": ({**_WAN_CLIP, "last_image": picture().rotate(180)},)}),
+    Case("wan_i2v", {"version": "2.2"}, {"image-to-video": (_WAN_I2V,)}),
+    Case("wan_i2v", {"version": "2.2-5b"}, {"image-to-video": (_WAN_I2V,)}),
+    Case("wan_dmd", {"version": "2.1"}, {"text-to-video": (_FASTWAN,)}),
+    Case("wan_dmd", {"version": "2.2-5b"}, {"text-to-video": (_FASTWAN,)}),
+    Case("wan_dmd", {"version": "i2v"}, {"image-to-video": ({**_WAN_CLIP, "num_inference_steps": 3},)}),
 )
 
 

@@ -67,8 +67,6 @@ class WanDenoising(Denoising):
     writes = {"latents", "conditioning", "scheduler", "timesteps"}
 
     def begin(self, state: View) -> None:
-        import torch
-
         branches = {"cond": state.prompt_embeds, "uncond": state.negative_prompt_embeds}
         state.conditioning = {
             branch: embeds.to(self.transformer.dtype).repeat_interleave(state.num_videos_per_prompt, dim=0)
@@ -79,8 +77,14 @@ class WanDenoising(Denoising):
         state.scheduler.set_timesteps(state.num_inference_steps, device=self.device)
         state.scheduler.set_begin_index(0)
         state.timesteps = state.scheduler.timesteps
-        state.latents = self.helpers.prepare_latents(
-            batch_size=len(state.conditioning["cond"]),
+        state.latents = self.noise(state, len(state.conditioning["cond"]))
+
+    def noise(self, state: View, videos: int) -> torch.Tensor:
+        """Draw the latents to start from, or take those given: float32 [videos, channels, frames, height, width]."""
+        import torch
+
+        latents: torch.Tensor = self.helpers.prepare_latents(
+            batch_size=videos,
             num_channels_latents=self.transformer.config.in_channels,
             height=state.height,
             width=state.width,
@@ -90,6 +94,7 @@ class WanDenoising(Denoising):
             generator=state.generator,
             latents=state.latents,
         )
+        return latents
 
     def model_inputs(self, state: View, i: int) -> list[Forward]:
         common = {"hidden_states": state.latents.to(self.transformer.dtype), "timestep": self.timestep(state, i)}
@@ -142,9 +147,17 @@ class Decoding(Stage):
 
     def run(self, state: View) -> None:
         state.fps = Wan.fps_per_token if self.helpers.config.expand_timesteps else Wan.fps
-        state.frames = state.latents if state.output_type == "latent" else self.decode(state.latents, state.output_type)
+        if state.output_type == "latent":
+            state.frames = state.latents
+        else:
+            video = self.video(state)
+            state.frames = self.helpers.video_processor.postprocess_video(video, output_type=state.output_type)
 
-    def decode(self, latents: torch.Tensor, output_type: str) -> Any:
+    def video(self, state: View) -> torch.Tensor:
+        """Return the pixels, between -1 and 1: [videos, 3, frames, height, width]."""
+        return self.decode(state.latents)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         import torch
 
         config = self.vae.config
@@ -153,8 +166,8 @@ class Decoding(Stage):
         # The oracle rounds the deviations before it inverts them, and divides by that.
         std = torch.tensor(config.latents_std).view(1, config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
         latents = latents / (1.0 / std) + mean
-        video = self.vae.decode(latents, return_dict=False)[0]
-        return self.helpers.video_processor.postprocess_video(video, output_type=output_type)
+        video: torch.Tensor = self.vae.decode(latents, return_dict=False)[0]
+        return video
 
 
 class Wan(Family):
@@ -192,8 +205,16 @@ class Wan(Family):
             multiple = math.lcm(SIZE_MULTIPLE, helpers.vae_scale_factor_spatial * pixels)
             check_multiple(parameters, (name,), multiple)
         check_inputs(helpers, parameters)
-        frames, factor = parameters["num_frames"], helpers.vae_scale_factor_temporal
-        if (frames - 1) % factor:
-            below = (frames - 1) // factor * factor + 1
-            accepted = f"a multiple of {factor}, plus 1, is accepted; the nearest: {below} or {below + factor}"
-            raise ParameterError("num_frames", frames, accepted)
+        check_frames(parameters["num_frames"], helpers.vae_scale_factor_temporal)
+
+
+def check_frames(frames: int, multiple: int) -> None:
+    """Check that a video's frames, but for the first, are a multiple of what the autoencoder works in.
+
+    Raises:
+        ParameterError: they are not; the message gives the nearest numbers that are.
+    """
+    if (frames - 1) % multiple:
+        below = (frames - 1) // multiple * multiple + 1
+        accepted = f"a multiple of {multiple}, plus 1, is accepted; the nearest: {below} or {below + multiple}"
+        raise ParameterError("num_frames", frames, accepted)
