@@ -5,7 +5,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -290,3 +290,15 @@ def test_a_failed_save_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: 
 def test_importing_the_module_loads_nothing_heavy() -> None:
     program = "import sys, triptych.result; print({'torch', 'numpy', 'PIL', 'av'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "set()"
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt"])
+def test_the_layers_of_every_output_are_files_of_their_own(tmp_path: Path, kind: str) -> None:
+    layers: Any = [np.full((2, 4, 4, 4), value) for value in (0.2, 0.8)]
+    if kind == "pil":
+        layers = [[Image.new("RGBA", (4, 4), value) for _ in range(2)] for value in ((51,) * 4, (204,) * 4)]
+    elif kind == "pt":
+        layers = [torch.from_numpy(each).movedim(-1, 1) for each in layers]
+    written = Result(seed=1, images=layers).save(tmp_path / "fox.png")
+    assert [path.name for path in written] == [f"fox-{k}.png" for k in range(4)]
+    assert [Image.open(path).getpixel((0, 0)) for path in written] == [(51,) * 4, (51,) * 4, (204,) * 4, (204,) * 4]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, TypeGuard
 
 from triptych.errors import ParameterError, UsageError
 
@@ -42,7 +42,7 @@ class Result:
     Attributes:
         images: `pil` a list of PIL images; `np` floats (n, height, width, channels) and `pt` floats
             (n, channels, height, width), both in [0, 1]; `latent` the denoised latents. None where the family makes
-            no images.
+            no images. Images in layers are a list of such batches, one for each output.
         frames: videos. `pil` one list of PIL images per video; `np` floats (n, frames, height, width, channels);
             `pt` floats (n, frames, channels, height, width); `latent` the denoised latents.
         fps: frames per second of `frames`; None where the family names no rate.
@@ -81,7 +81,8 @@ class Result:
         if self.images is not None:
             format = check_path(path, "images")
             text = self._png_text() if format == "PNG" else None
-            writers = [_image_writer(_picture(image), format, text) for image in _split(self.images, 4, latent)]
+            pictures = [image for each in _layers(self.images) for image in _split(each, 4, latent)]
+            writers = [_image_writer(_picture(image), format, text) for image in pictures]
         elif self.frames is not None:
             format = check_path(path, "videos")
             if self.audio is not None and format == "MP4":
@@ -129,6 +130,13 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_plain(item) for item in value)
     return isinstance(value, (str, int, float, bool))
+
+
+def _layers(images: Any) -> list[Any]:
+    """Return the batches of pictures in `images`: one, or for images in layers, one for each output."""
+    first = images[0] if isinstance(images, (list, tuple)) and images else None
+    stacked = isinstance(first, (list, tuple)) or getattr(first, "ndim", 0) == 4
+    return list(images) if stacked else [images]
 
 
 def _split(outputs: Sequence[object] | Floats, rank: int, latent: bool) -> list[object]:

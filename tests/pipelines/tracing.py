@@ -53,9 +53,21 @@ class Tracer(TorchDispatchMode):
         self.sizes = {name: end - start for name, (start, end) in zip(names, self._spans)}
         # Sets of held tensors are the bits of integers, in the order of `sizes`.
         self._read = self._used = 0
-        self._origins: dict[
-            StorageWeakRef, int
-        ] = {}  # no storage takes the place of a dead one while this refers to it
+        # No storage takes the place of a dead one while this refers to it.
+        self._origins: dict[StorageWeakRef, int] = {}
+        for module in modules.values():
+            if isinstance(module, torch.nn.Module) and hasattr(module, "generate"):
+                module.generate = self._following(module.generate)
+
+    def _following(self, generate: Any) -> Any:
+        """Count what a model writes as used: it becomes text, which no operation follows."""
+
+        def follow(*args: Any, **kwargs: Any) -> Any:
+            output = generate(*args, **kwargs)
+            self._used |= self._origin(output)
+            return output
+
+        return follow
 
     @property
     def unread(self) -> dict[str, int]:
@@ -172,11 +184,27 @@ _Z_IMAGE: Mapping[str, Any] = {"height": 64, "width": 48, "num_inference_steps":
 _WAN_I2V: Mapping[str, Any] = {**_WAN, "image": picture()}
 _WAN_CLIP: Mapping[str, Any] = {**_WAN_I2V, "max_sequence_length": 512}
 _FASTWAN: Mapping[str, Any] = {**_WAN, "num_inference_steps": 3}
+_QWEN_EDIT: Mapping[str, Any] = {
+    "height": 128, "width": 64, "num_inference_steps": 2, "negative_prompt": "ugly", "image": picture(),
+}  # fmt: skip
+_QWEN_LAYERED: Mapping[str, Any] = {
+    "layers": 1,
+    "num_inference_steps": 2,
+    "negative_prompt": "ugly",
+    "image": picture(),
+}
+_QWEN_LAYERED_TASKS = {
+    "image-to-layers": (_QWEN_LAYERED,),
+    "image-to-layers-captioned": ({**_QWEN_LAYERED, "prompt": ""},),
+}
 
 CASES = (
     Case("flux2_klein", {}, _KLEIN_TASKS),
     Case("flux2_klein", {"is_distilled": True}, _KLEIN_TASKS),
     Case("qwen_image", {}, {"text-to-image": (_QWEN,)}),
+    Case("qwen_image_edit", {}, {"edit": (_QWEN_EDIT,)}),
+    Case("qwen_image_edit", {"plus": True}, {"edit": (_QWEN_EDIT,)}),
+    Case("qwen_image_layered", {}, _QWEN_LAYERED_TASKS),
     Case("wan", {"version": "2.1"}, {"text-to-video": (_WAN,)}),
     Case("wan", {"version": "2.2"}, {"text-to-video": (_WAN,)}),
     Case("wan", {"version": "2.2-5b"}, {"text-to-video": (_WAN,)}),

@@ -48,7 +48,7 @@ def load_component(
         if cls.__name__ == "AutoTokenizer":
             wanted = repository.entry(name).class_name
             log.warning("%s needs libraries that are not installed: only the tokenizer of %s is loaded", wanted, name)
-        return Loaded(_from_pretrained(cls, repository, name), 0)
+        return Loaded(_from_pretrained(_without_videos(cls, name), repository, name), 0)
 
     def dtype() -> torch.dtype:
         found: torch.dtype = getattr(torch, resolve_dtype(repository, name, dtypes))
@@ -64,6 +64,7 @@ def load_component(
         log.warning("%s of %s is loaded whole by %s: %s", name, repository.name, cls.__name__, reason)
         return _load_whole(cls, repository, name, device, dtype())
     fill(blueprint, repository, name, device)
+    _read_generation_settings(blueprint.module, repository, name)
     return Loaded(blueprint.module, blueprint.nbytes)
 
 
@@ -96,6 +97,31 @@ def fill(blueprint: Blueprint, repository: Repository, component: str, device: t
         for key, buffer in part._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 part._buffers[key] = buffer.to(device)
+
+
+def _without_videos(cls: type[Any], name: str) -> type[Any]:
+    """Return a processor's class, less its part for videos where this machine cannot have that: it needs torchvision."""
+    from transformers import ProcessorMixin
+    from transformers.utils import is_torchvision_available
+
+    if not issubclass(cls, ProcessorMixin) or is_torchvision_available():
+        return cls
+    parts = [part for part in cls.get_attributes() if part != "video_processor"]
+    if len(parts) == len(cls.get_attributes()):
+        return cls
+    log.warning("%s is loaded without its part for videos: torchvision is not installed", name)
+    members = {"get_attributes": classmethod(lambda _: parts), "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), members)
+
+
+def _read_generation_settings(module: torch.nn.Module, repository: Repository, name: str) -> None:
+    """Give a model that writes text the checkpoint's own settings for that, as `from_pretrained` does."""
+    from transformers import GenerationConfig, PreTrainedModel
+
+    if isinstance(module, PreTrainedModel) and module.can_generate():
+        folder = repository.local(name, weights=[])
+        if (folder / "generation_config.json").is_file():
+            module.generation_config = GenerationConfig.from_pretrained(str(folder))
 
 
 def _batches(sources: list[tuple[Slot, TensorInfo]], device: torch.device) -> Iterator[list[tuple[Slot, TensorInfo]]]:

@@ -6,7 +6,7 @@ Oracle: `diffusers.QwenImagePipeline`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -65,34 +65,57 @@ class QwenDenoising(Denoising):
     writes = {"latents", "conditioning", "scheduler", "timesteps"}
 
     def begin(self, state: View) -> None:
-        import numpy as np
-        from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
+        from diffusers.pipelines.qwenimage.pipeline_qwenimage import retrieve_timesteps
 
         text = {"cond": self.repeat(state, state.prompt_embeds, state.prompt_embeds_mask)}
         if state.negative_prompt_embeds is not None:
             text["uncond"] = self.repeat(state, state.negative_prompt_embeds, state.negative_prompt_embeds_mask)
         embeds = text["cond"]["encoder_hidden_states"]
-        rows, channels = len(embeds), self.transformer.config.in_channels // 4
-        state.latents = self.helpers.prepare_latents(
-            rows, channels, state.height, state.width, embeds.dtype, self.device, state.generator, state.latents
-        )
-        patch = self.helpers.vae_scale_factor * 2
-        shape = [(1, state.height // patch, state.width // patch)]
-        common = {"guidance": self.guidance(state.guidance_scale, rows), "img_shapes": [shape] * rows}
-        state.conditioning = {"text": text, "common": common}
+        state.latents = self.noise(state, len(embeds), embeds.dtype)
+        state.conditioning = {"text": text, "common": self.common(state, len(embeds))}
         steps = state.num_inference_steps
         state.scheduler = self.new_scheduler()
+        sigmas = self.sigmas(steps) if state.sigmas is None else state.sigmas
+        mu = self.shift(state)
+        state.timesteps, _ = retrieve_timesteps(state.scheduler, steps, self.device, sigmas=sigmas, mu=mu)
+        state.scheduler.set_begin_index(0)
+
+    def noise(self, state: View, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """Draw the packed latents, or bring those that are given to the stage's dtype and device."""
+        channels = self.transformer.config.in_channels // 4
+        latents: torch.Tensor = self.helpers.prepare_latents(
+            rows, channels, state.height, state.width, dtype, self.device, state.generator, state.latents
+        )
+        return latents
+
+    def common(self, state: View, rows: int) -> dict[str, Any]:
+        """Return the inputs that all steps and branches share."""
+        return {"guidance": self.guidance(state.guidance_scale, rows), "img_shapes": [self.shapes(state)] * rows}
+
+    def shapes(self, state: View) -> list[tuple[int, int, int]]:
+        """Return frames, rows and columns of each picture among one row's tokens."""
+        patch = self.helpers.vae_scale_factor * 2
+        return [(1, state.height // patch, state.width // patch)]
+
+    def sigmas(self, steps: int) -> Any:
+        """Return the noise levels that the oracle starts from."""
+        import numpy as np
+
+        return np.linspace(1.0, 1 / steps, steps)
+
+    def shift(self, state: View) -> float:
+        """Return how far the scheduler shifts the noise levels."""
+        from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+
         config = state.scheduler.config
-        mu = calculate_shift(
+        mu: float = calculate_shift(
             state.latents.shape[1],
             config.get("base_image_seq_len", 256),
             config.get("max_image_seq_len", 4096),
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.15),
         )
-        sigmas = np.linspace(1.0, 1 / steps, steps) if state.sigmas is None else state.sigmas
-        state.timesteps, _ = retrieve_timesteps(state.scheduler, steps, self.device, sigmas=sigmas, mu=mu)
-        state.scheduler.set_begin_index(0)
+        return mu
 
     def repeat(self, state: View, embeds: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
         """Repeat one prompt's embeddings and mask for each output."""
@@ -124,9 +147,14 @@ class QwenDenoising(Denoising):
     def model_inputs(self, state: View, i: int) -> list[Forward]:
         latents = state.latents
         timestep = state.timesteps[i].expand(latents.shape[0]).to(latents.dtype)
-        common = {"hidden_states": latents, "timestep": timestep / 1000, **state.conditioning["common"]}
+        common = {"hidden_states": self.tokens(state), "timestep": timestep / 1000, **state.conditioning["common"]}
         text = state.conditioning["text"]
         return [Forward("transformer", branch, {**common, **inputs}) for branch, inputs in text.items()]
+
+    def tokens(self, state: View) -> torch.Tensor:
+        """Return the tokens that the transformer is given."""
+        latents: torch.Tensor = state.latents
+        return latents
 
     def align(self, inputs: Sequence[Forward]) -> Sequence[Forward]:
         """Pad the text to the longest, and mask the padding where there is any."""
@@ -149,40 +177,49 @@ class QwenDenoising(Denoising):
         return aligned
 
     def advance(self, state: View, i: int, prediction: Sequence[torch.Tensor]) -> None:
+        # Of what the transformer predicts, the tokens of the pictures that were given are nobody's.
+        noise, *rest = (each[:, : state.latents.shape[1]] for each in prediction)
+        for unconditional in rest:
+            noise = self.guide(state, noise, unconditional + state.true_cfg_scale * (noise - unconditional))
+        state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
+
+    def guide(self, state: View, conditional: torch.Tensor, combined: torch.Tensor) -> torch.Tensor:
+        """Give the guided prediction the norm of the conditional one, token by token."""
         import torch
 
-        noise, *rest = prediction
-        for unconditional in rest:
-            combined = unconditional + state.true_cfg_scale * (noise - unconditional)
-            norm, guided_norm = (torch.norm(each, dim=-1, keepdim=True) for each in (noise, combined))
-            noise = combined * (norm / guided_norm)
-        state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
+        norm, guided_norm = (torch.norm(each, dim=-1, keepdim=True) for each in (conditional, combined))
+        normed: torch.Tensor = combined * (norm / guided_norm)
+        return normed
 
 
 class Decoding(Stage):
     """Undo the latents' packing and normalisation and decode them to images."""
 
     role = RoleType.DECODER
-    # An image is a video of one frame, and upsampling in time begins with the second.
-    needs = {"vae": Need.without("encoder", "quant_conv", "decoder.up_blocks.*.upsamplers.*.time_conv")}
+    # An image is a video of one frame, and resampling in time begins with the second.
+    needs = {"vae": Need.without("encoder", "quant_conv", "*.time_conv")}
     reads = {"latents", "height", "width", "output_type"}
     writes = {"images"}
 
     def run(self, state: View) -> None:
-        import torch
-
         if state.output_type == "latent":
             state.images = state.latents
             return
-        factor, config = self.helpers.vae_scale_factor, self.vae.config
-        latents = self.helpers._unpack_latents(state.latents, state.height, state.width, factor).to(self.vae.dtype)
+        factor = self.helpers.vae_scale_factor
+        latents = self.helpers._unpack_latents(state.latents, state.height, state.width, factor)
+        image = self.vae.decode(self.denormalise(latents), return_dict=False)[0][:, :, 0]
+        state.images = self.helpers.image_processor.postprocess(image, output_type=state.output_type)
+
+    def denormalise(self, latents: torch.Tensor) -> torch.Tensor:
+        """Bring latents of shape (rows, channels, frames, height, width) to the autoencoder's scale and dtype."""
+        import torch
+
+        config, latents = self.vae.config, latents.to(self.vae.dtype)
         mean, std = (
             torch.tensor(each).view(1, config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
             for each in (config.latents_mean, config.latents_std)
         )
-        latents = latents / (1.0 / std) + mean
-        image = self.vae.decode(latents, return_dict=False)[0][:, :, 0]
-        state.images = self.helpers.image_processor.postprocess(image, output_type=state.output_type)
+        return latents / (1.0 / std) + mean
 
 
 class QwenImage(Family):
@@ -203,9 +240,14 @@ class QwenImage(Family):
             parameters[name] = parameters[name] or helpers.default_sample_size * helpers.vae_scale_factor
         check_multiple(parameters, ("height", "width"), helpers.vae_scale_factor * 2)
         check_inputs(helpers, parameters)
-        scale = parameters["true_cfg_scale"]
-        negative = any(parameters[name] is not None for name in ("negative_prompt", "negative_prompt_embeds"))
-        if scale > 1 and not negative:
-            log.warning("true_cfg_scale=%s has no effect: guidance needs a negative_prompt, even an empty one", scale)
-        elif scale <= 1 and negative:
-            log.warning("negative_prompt has no effect: guidance needs true_cfg_scale > 1")
+        warn_of_guidance(parameters)
+
+
+def warn_of_guidance(parameters: Mapping[str, Any]) -> None:
+    """Warn where a request asks for guidance, or for a negative prompt, in vain."""
+    scale = parameters["true_cfg_scale"]
+    negative = any(parameters[name] is not None for name in ("negative_prompt", "negative_prompt_embeds"))
+    if scale > 1 and not negative:
+        log.warning("true_cfg_scale=%s has no effect: guidance needs a negative_prompt, even an empty one", scale)
+    elif scale <= 1 and negative:
+        log.warning("negative_prompt has no effect: guidance needs true_cfg_scale > 1")
