@@ -8,9 +8,6 @@ Makes a FLUX.2-klein-shaped model of about 450 MB with random weights (unless gi
   memory beyond the interpreter with its libraries imported: after loading, after every weight was touched, and at peak;
 - reads the same tensors with `safe_open` and clones each: the time to beat.
 
-The time is judged where at least 100 MB are read: below that, building the modules, which takes some ms whatever their
-size, is most of it.
-
 Limits: resident memory, peak included, <= 1.10 x planned bytes + 48 MB (with a cast: of anonymous memory; file pages are
 released as the files are done); loading time <= 1.25 x reading and cloning.
 """
@@ -26,7 +23,6 @@ import tempfile
 from pathlib import Path
 
 SLACK = 48 * 2**20
-JUDGED_BYTES = 100e6
 ROLES = ("encoder", "denoiser", "decoder", "monolithic")
 
 
@@ -68,7 +64,7 @@ def report(model: Path, repeats: int, target: Path | None) -> int:
                 "role": role, "dtype": dtype, "planned": planned, **used, "limit": limit, "seconds": seconds,
                 "read_and_clone_seconds": plain, "ratio": seconds / plain,
                 "memory_ok": max(used.values()) <= limit,
-                "time_ok": seconds <= 1.25 * plain or planned < JUDGED_BYTES,
+                "time_ok": seconds <= 1.25 * plain,
             }  # fmt: skip
             rows.append(row)
             sizes = "".join(f"{row[key] / 1e6:>9.0f}" for key in ("planned", "loaded", "touched", "peak", "limit"))
@@ -176,10 +172,6 @@ def warm_up() -> None:
 
     load(save({"x": torch.ones(4096).bfloat16().float()}))
     import gc
-
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    get_checkpoint_conversion_mapping("")  # a table that the library compiles once per process: as good as an import
 
     gc.collect()
 
