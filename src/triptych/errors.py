@@ -116,6 +116,57 @@ class Cancelled(TriptychError):
     """The request was cancelled between two steps."""
 
 
+class DeadlineExceeded(TriptychError):
+    """The request's deadline passed before it was done."""
+
+
+class OverloadedError(TriptychError):
+    """There is no room for another request; `retry_after` says in how many seconds there may be."""
+
+    def __init__(self, waiting: int, retry_after: float) -> None:
+        super().__init__(f"{waiting} requests are waiting already; try again in {retry_after:.0f} s")
+        self.waiting, self.retry_after = waiting, retry_after
+
+
+class RequestLostError(TriptychError):
+    """A request was lost too often with the replicas that ran it; `reasons` tells of each time."""
+
+    def __init__(self, reasons: Iterable[str]) -> None:
+        self.reasons = list(reasons)
+        super().__init__(f"given up after {len(self.reasons)} lost attempts: {'; '.join(self.reasons)}")
+
+
+class ReplicaLost(TriptychError):
+    """A replica died, hung or answered garbage while it ran a request."""
+
+
+class ReplicaRefusedError(UsageError):
+    """A replica may not join a service: it is of another version or has another model."""
+
+
+_CARRIED = ("Cancelled", "DeadlineExceeded", "ReplicaLost", "UsageError", "ModelError", "RecipeError", "WireError")
+"""What an error is in another process; the constructors of more special ones need more than the message."""
+
+
+class RemoteError(TriptychError):
+    """A role's process met an error that Triptych does not raise itself."""
+
+
+def to_text(error: Exception) -> tuple[str, str]:
+    """Return an error's kind and message, for another process."""
+    kind = next((name for name in _CARRIED if isinstance(error, globals()[name])), None)
+    if kind is None and isinstance(error, TriptychError):
+        kind = "TriptychError"
+    return (kind, str(error)) if kind else ("RemoteError", f"{type(error).__name__}: {error}")
+
+
+def from_text(kind: str, message: str) -> TriptychError:
+    """Return the error that another process told of by `to_text`; never raises for what it does not know."""
+    known = {"TriptychError": TriptychError, **{name: globals()[name] for name in _CARRIED}}
+    error: TriptychError = known.get(kind, RemoteError)(message)
+    return error
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the closest known name, or nothing."""
     close = get_close_matches(name, list(known), n=1)

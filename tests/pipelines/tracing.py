@@ -198,6 +198,16 @@ _QWEN_LAYERED_TASKS = {
     "image-to-layers-captioned": ({**_QWEN_LAYERED, "prompt": ""},),
 }
 
+_SD3: Mapping[str, Any] = {"height": 64, "width": 48, "num_inference_steps": 2, "max_sequence_length": 16}
+_KONTEXT: Mapping[str, Any] = {
+    "height": 160, "width": 96, "max_area": 160 * 96, "num_inference_steps": 2, "max_sequence_length": 16,
+}  # fmt: skip
+_KONTEXT_TASKS = {
+    "edit": ({**_KONTEXT, "image": picture(), "_auto_resize": False},),
+    "text-to-image": (_KONTEXT,),
+}
+_GLM_IMAGE: Mapping[str, Any] = {"height": 64, "width": 96, "num_inference_steps": 2}
+
 CASES = (
     Case("flux2_klein", {}, _KLEIN_TASKS),
     Case("flux2_klein", {"is_distilled": True}, _KLEIN_TASKS),
@@ -211,6 +221,11 @@ CASES = (
     Case("flux2", {}, {"text-to-image": (_FLUX2,), "edit": ({**_FLUX2, "image": picture()},)}),
     Case("flux", {}, {"text-to-image": (_FLUX,)}),
     Case("flux", {"guidance_embeds": False}, {"text-to-image": (_FLUX,)}),
+    Case("flux_kontext", {}, _KONTEXT_TASKS),
+    Case("flux_kontext", {"guidance_embeds": False}, _KONTEXT_TASKS),
+    Case("stable_diffusion_3", {}, {"text-to-image": (_SD3,)}),
+    Case("stable_diffusion_3", {"t5": False}, {"text-to-image": (_SD3,)}),
+    Case("glm_image", {}, {"text-to-image": (_GLM_IMAGE,), "edit": ({**_GLM_IMAGE, "image": picture()},)}),
     Case("z_image", {}, {"text-to-image": (_Z_IMAGE,)}),
     Case("wan_i2v", {"version": "2.1"}, {"image-to-video": (_WAN_CLIP,)}),
     Case("wan_i2v", {"version": "2.1-flf"}, {"image-to-video": ({**_WAN_CLIP, "last_image": picture().rotate(180)},)}),

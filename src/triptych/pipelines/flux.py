@@ -6,8 +6,7 @@ as many as there are. Here given embeddings are repeated for `num_images_per_pro
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import Need
@@ -16,12 +15,12 @@ from triptych.pipelines.base import Family, check_inputs, check_multiple
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
+from triptych.stages.guidance import true_guidance, warn_of_guidance
+from triptych.stages.noise_levels import even_sigmas, resolution_shift
 from triptych.state import View
 
 if TYPE_CHECKING:
     import torch
-
-log = logging.getLogger(__name__)
 
 
 class TextEncoding(Stage):
@@ -48,8 +47,8 @@ class TextEncoding(Stage):
         texts = self.embed(state, state.prompt, state.prompt_2, *given)
         state.prompt_embeds, state.pooled_prompt_embeds, state.text_ids = texts
         given = state.negative_prompt_embeds, state.negative_pooled_prompt_embeds
-        guided = state.true_cfg_scale > 1 and (state.negative_prompt is not None or given[0] is not None)
         negative = state.negative_prompt, state.negative_prompt_2
+        guided = true_guidance(state.true_cfg_scale, negative[0], given[0])
         texts = self.embed(state, *negative, *given) if guided else (None, None, None)
         state.negative_prompt_embeds, state.negative_pooled_prompt_embeds, state.negative_text_ids = texts
 
@@ -85,7 +84,6 @@ class FluxDenoising(Denoising):
     shared = frozenset(("txt_ids", "img_ids"))
 
     def begin(self, state: View) -> None:
-        import numpy as np
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
         outputs, steps = state.num_images_per_prompt, state.num_inference_steps
@@ -93,17 +91,8 @@ class FluxDenoising(Denoising):
         if state.negative_prompt_embeds is not None:
             negative = state.negative_prompt_embeds, state.negative_pooled_prompt_embeds, state.negative_text_ids
             text["uncond"] = negative
-        rows, channels = len(state.prompt_embeds) * outputs, self.transformer.config.in_channels // 4
-        state.latents, latent_ids = self.helpers.prepare_latents(
-            rows,
-            channels,
-            state.height,
-            state.width,
-            state.prompt_embeds.dtype,
-            self.device,
-            state.generator,
-            state.latents,
-        )
+        rows = len(state.prompt_embeds) * outputs
+        state.latents, positions = self.noise(state, rows)
         state.conditioning = {
             "text": {
                 branch: {
@@ -113,22 +102,28 @@ class FluxDenoising(Denoising):
                 }
                 for branch, (embeds, pooled, ids) in text.items()
             },
-            "common": {"guidance": self.guidance(state.guidance_scale, rows), "img_ids": latent_ids},
+            "common": {"guidance": self.guidance(state.guidance_scale, rows), "img_ids": positions},
         }
         state.scheduler = self.new_scheduler()
-        config = state.scheduler.config
-        mu = calculate_shift(
-            state.latents.shape[1],
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        sigmas = np.linspace(1.0, 1 / steps, steps) if state.sigmas is None else state.sigmas
-        if config.get("use_flow_sigmas"):
-            sigmas = None
+        mu = resolution_shift(calculate_shift, state.scheduler.config, state.latents.shape[1])
+        sigmas = self.sigmas(state, steps)
         state.timesteps, _ = retrieve_timesteps(state.scheduler, steps, self.device, sigmas=sigmas, mu=mu)
         state.scheduler.set_begin_index(0)
+
+    def noise(self, state: View, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw the packed latents, or take those that are given; returns them and the positions of all tokens."""
+        channels = self.transformer.config.in_channels // 4
+        size, dtype = (state.height, state.width), state.prompt_embeds.dtype
+        drawn: tuple[torch.Tensor, torch.Tensor] = self.helpers.prepare_latents(
+            rows, channels, *size, dtype, self.device, state.generator, state.latents
+        )
+        return drawn
+
+    def sigmas(self, state: View, steps: int) -> Any:
+        """Return the noise levels that the scheduler is given; None where it has its own."""
+        if state.scheduler.config.get("use_flow_sigmas"):
+            return None
+        return even_sigmas(steps) if state.sigmas is None else state.sigmas
 
     def guidance(self, scale: float, rows: int) -> torch.Tensor | None:
         """Return the scale as an input of a guidance-distilled transformer (dev); None for any other (schnell)."""
@@ -141,12 +136,18 @@ class FluxDenoising(Denoising):
     def model_inputs(self, state: View, i: int) -> list[Forward]:
         latents = state.latents
         timestep = state.timesteps[i].expand(latents.shape[0]).to(latents.dtype)
-        common = {"hidden_states": latents, "timestep": timestep / 1000, **state.conditioning["common"]}
+        common = {"hidden_states": self.tokens(state), "timestep": timestep / 1000, **state.conditioning["common"]}
         text = state.conditioning["text"]
         return [Forward("transformer", branch, {**common, **inputs}) for branch, inputs in text.items()]
 
+    def tokens(self, state: View) -> torch.Tensor:
+        """Return the tokens that the transformer is given."""
+        latents: torch.Tensor = state.latents
+        return latents
+
     def advance(self, state: View, i: int, prediction: Sequence[torch.Tensor]) -> None:
-        noise, *rest = prediction
+        # Of what the transformer predicts, the tokens of a picture that was given are nobody's.
+        noise, *rest = (each[:, : state.latents.shape[1]] for each in prediction)
         for unconditional in rest:
             noise = unconditional + state.true_cfg_scale * (noise - unconditional)
         state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
@@ -192,17 +193,22 @@ class Flux(Family):
         for name in ("height", "width"):
             parameters[name] = parameters[name] or helpers.default_sample_size * helpers.vae_scale_factor
         check_multiple(parameters, ("height", "width"), helpers.vae_scale_factor * 2)
-        for name in ("prompt_2", "negative_prompt_2"):
-            if not isinstance(parameters[name], (str, type(None))):
-                raise ParameterError(name, parameters[name], "a text is accepted, the same for every prompt")
-        check_inputs(helpers, parameters)
-        embeds, negative_embeds = parameters["prompt_embeds"], parameters["negative_prompt_embeds"]
-        scale, negative = parameters["true_cfg_scale"], parameters["negative_prompt"] is not None
-        guided = scale > 1 and (negative or negative_embeds is not None)
-        if guided and embeds is not None and negative_embeds is not None and embeds.shape != negative_embeds.shape:
-            shapes = f"{tuple(negative_embeds.shape)} is not {tuple(embeds.shape)}"
-            raise ParameterError("negative_prompt_embeds", shapes, "the shape of `prompt_embeds` is accepted")
-        if scale > 1 and not guided:
-            log.warning("true_cfg_scale=%s has no effect: guidance needs a negative_prompt, even an empty one", scale)
-        elif negative and not guided:
-            log.warning("negative_prompt has no effect: guidance needs true_cfg_scale > 1")
+        check_text(parameters, helpers)
+
+
+def check_text(parameters: Mapping[str, Any], helpers: Any) -> None:
+    """Check the prompts, the embeddings that take their place, and what guidance needs.
+
+    Raises:
+        UsageError: something is missing, given twice or of another shape.
+    """
+    for name in ("prompt_2", "negative_prompt_2"):
+        if not isinstance(parameters[name], (str, type(None))):
+            raise ParameterError(name, parameters[name], "a text is accepted, the same for every prompt")
+    check_inputs(helpers, parameters)
+    embeds, negative_embeds = parameters["prompt_embeds"], parameters["negative_prompt_embeds"]
+    guided = true_guidance(parameters["true_cfg_scale"], parameters["negative_prompt"], negative_embeds)
+    if guided and embeds is not None and negative_embeds is not None and embeds.shape != negative_embeds.shape:
+        shapes = f"{tuple(negative_embeds.shape)} is not {tuple(embeds.shape)}"
+        raise ParameterError("negative_prompt_embeds", shapes, "the shape of `prompt_embeds` is accepted")
+    warn_of_guidance(parameters)

@@ -6,7 +6,7 @@ Oracle: `diffusers.QwenImagePipeline`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,15 @@ from triptych.pipelines.base import Family, check_inputs, check_multiple
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
+from triptych.stages.guidance import true_guidance, warn_of_guidance
+from triptych.stages.noise_levels import even_sigmas, resolution_shift
 from triptych.state import View
 
 if TYPE_CHECKING:
     import torch
+
+# The editing families take `warn_of_guidance` from here.
+__all__ = ["Decoding", "QwenDenoising", "QwenImage", "TextEncoding", "warn_of_guidance"]
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +41,7 @@ class TextEncoding(Stage):
         negative = state.negative_prompt, state.negative_prompt_embeds, state.negative_prompt_embeds_mask
         positive = state.prompt, state.prompt_embeds, state.prompt_embeds_mask
         state.prompt_embeds, state.prompt_embeds_mask = self.embed(state, *positive)
-        guided = state.true_cfg_scale > 1 and (negative[0] is not None or negative[1] is not None)
+        guided = true_guidance(state.true_cfg_scale, *negative[:2])
         embedded = self.embed(state, *negative) if guided else (None, None)
         state.negative_prompt_embeds, state.negative_prompt_embeds_mask = embedded
 
@@ -63,6 +68,7 @@ class QwenDenoising(Denoising):
         "guidance_scale", "exact",
     }  # fmt: skip
     writes = {"latents", "conditioning", "scheduler", "timesteps"}
+    ragged = frozenset(("encoder_hidden_states", "encoder_hidden_states_mask"))
 
     def begin(self, state: View) -> None:
         from diffusers.pipelines.qwenimage.pipeline_qwenimage import retrieve_timesteps
@@ -99,23 +105,13 @@ class QwenDenoising(Denoising):
 
     def sigmas(self, steps: int) -> Any:
         """Return the noise levels that the oracle starts from."""
-        import numpy as np
-
-        return np.linspace(1.0, 1 / steps, steps)
+        return even_sigmas(steps)
 
     def shift(self, state: View) -> float:
         """Return how far the scheduler shifts the noise levels."""
         from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
-        config = state.scheduler.config
-        mu: float = calculate_shift(
-            state.latents.shape[1],
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        return mu
+        return resolution_shift(calculate_shift, state.scheduler.config, state.latents.shape[1])
 
     def repeat(self, state: View, embeds: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
         """Repeat one prompt's embeddings and mask for each output."""
@@ -241,13 +237,3 @@ class QwenImage(Family):
         check_multiple(parameters, ("height", "width"), helpers.vae_scale_factor * 2)
         check_inputs(helpers, parameters)
         warn_of_guidance(parameters)
-
-
-def warn_of_guidance(parameters: Mapping[str, Any]) -> None:
-    """Warn where a request asks for guidance, or for a negative prompt, in vain."""
-    scale = parameters["true_cfg_scale"]
-    negative = any(parameters[name] is not None for name in ("negative_prompt", "negative_prompt_embeds"))
-    if scale > 1 and not negative:
-        log.warning("true_cfg_scale=%s has no effect: guidance needs a negative_prompt, even an empty one", scale)
-    elif scale <= 1 and negative:
-        log.warning("negative_prompt has no effect: guidance needs true_cfg_scale > 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from triptych.components.dtypes import DtypeSpec, parse_dtype
-from triptych.components.hollow import is_hollow, running_stage
+from triptych.components.hollow import is_hollow
 from triptych.components.loading import load_component
 from triptych.components.need import Need
 from triptych.errors import UsageError, WireError, WrongRoleError
@@ -22,14 +22,12 @@ from triptych.pipelines.registry import open_family
 from triptych.request import Request, fill_in, split_prompts
 from triptych.result import Result
 from triptych.roles import RoleType, parse_roles, role_name
+from triptych.runtime.segment import OnStep, Segment, finish, run_segment
 from triptych.stages.base import Stage, Undeclared
-from triptych.stages.graph import live_after, route_of
-from triptych.state import State, View, check_no_meta
+from triptych.stages.graph import route_of
+from triptych.state import State
 
 log = logging.getLogger(__name__)
-
-OnStep = Callable[[str, int, int], None]
-"""Called with a stage's name, the steps done and the steps in all; raises `Cancelled` to stop the request."""
 
 ADMISSION = "admission"
 """The name under which checking a request appears in errors."""
@@ -106,15 +104,23 @@ class Model:
         if isinstance(work, Request) and first not in self.roles:
             raise WrongRoleError(f"a request begins with the {first}; this model is loaded for role {self.role!r}")
         state = self.admit(work) if isinstance(work, Request) else work.copy()
+        self.check_turn(state)
+        while state.next_role in self.roles:
+            finish(self.segment(state, on_step))
+        return state
+
+    def check_turn(self, state: State) -> None:
+        """Check that a state belongs to this model and that its next segment is one of this process's roles'.
+
+        Raises:
+            WireError, WrongRoleError: it does not, or is not.
+        """
         if state.fingerprint != self.fingerprint or state.family != self.family.repository.family:
             theirs, ours = f"{state.family} {state.fingerprint}", f"{self.family.repository.family} {self.fingerprint}"
             raise WireError(f"this state belongs to another model ({theirs}) than the one loaded here ({ours})")
         if state.next_role not in self.roles:
             turn = f"it is the {state.next_role}'s turn" if state.next_role else "its result is there already"
             raise WrongRoleError(f"this state is not for role {self.role!r}: {turn}")
-        while state.next_role in self.roles:
-            self._run_segment(state, on_step)
-        return state
 
     def generate(self, *, on_step: OnStep | None = None, **parameters: Any) -> Result:
         """Make what the parameters ask for, in this process.
@@ -133,29 +139,14 @@ class Model:
         states = [self.admit(Request(**each)) for each in split_prompts(parameters)]
         return gather([self.run(state, on_step=on_step).result for state in states])
 
-    def _run_segment(self, state: State, on_step: OnStep | None) -> None:
-        recipe = self.family.recipe
-        _, names = route_of(recipe, state.task)[state.position]
-        by_name = {stage.name: stage for stage in self.stages}
-        state.to(self.device)
-        for name in names:
-            stage = by_name[name]
+    def route(self) -> list[tuple[RoleType, list[str]]]:
+        """Return the segments of the tasks it is loaded for, in order; of the longest where they differ."""
+        routes = [route_of(self.family.recipe, task) for task in sorted(self.tasks)]
+        return max(routes, key=len)
 
-            def report(step: int, steps: int, name: str = name) -> None:
-                if on_step is not None:
-                    on_step(name, step, steps)
-
-            began = time.perf_counter()
-            token = running_stage.set(name)
-            try:
-                with torch.no_grad():
-                    stage.run(View(state.fields, name, stage.reads, stage.writes, report))
-            finally:
-                running_stage.reset(token)
-            state.timings[name] = time.perf_counter() - began
-            check_no_meta(state.fields, stage.writes, name)
-            state.keep(live_after(recipe, state.task, name))
-        state.position += 1
+    def segment(self, state: State, on_step: OnStep | None = None) -> Segment:
+        """Run the state's next segment, in place, leaving the denoising model's forwards to whoever iterates."""
+        return run_segment(self.family.recipe, self.stages, state, self.device, on_step)
 
     def _load(self, needs: Mapping[str, Need], dtype: DtypeSpec) -> None:
         repository = self.family.repository

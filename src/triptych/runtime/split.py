@@ -26,7 +26,7 @@ from triptych.errors import RoleProcessError
 
 if TYPE_CHECKING:
     from triptych.components.dtypes import DtypeSpec
-    from triptych.runtime.model import OnStep
+    from triptych.runtime.segment import OnStep
     from triptych.state import State
 
 OnLoaded = Callable[[str, float], None]

@@ -1,0 +1,114 @@
+"""What every engine does: check requests, route them, and tell how things stand."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Any, Self
+
+from triptych.engine.job import Job
+from triptych.engine.replica import Handover
+from triptych.engine.router import Router
+from triptych.engine.warm_up import warm_up_request
+from triptych.request import Request
+from triptych.result import Result
+from triptych.roles import RoleType
+from triptych.runtime.model import Model
+from triptych.state import State
+
+log = logging.getLogger(__name__)
+
+_CHECK = 0.1
+"""Seconds between two looks at the deadlines."""
+
+
+class Engine(ABC):
+    """Takes requests and sees them through the roles; made by `LocalEngine(...)` or `RayEngine(...)`.
+
+    Attributes:
+        front: the model loaded for no role: it checks requests.
+        router: decides what runs where.
+    """
+
+    front: Model
+    router: Router
+
+    def submit(self, request: Request, *, deadline: float | None = None) -> Job:
+        """Take a request on; returns at once.
+
+        Args:
+            deadline: seconds from now after which it is given up.
+
+        Raises:
+            UsageError: the request is not acceptable.
+            OverloadedError: too many requests are on their way.
+        """
+        state = self.front.admit(request)
+        job = Job(deadline=None if deadline is None else time.monotonic() + deadline)
+        self.router.submit(job, self.hand_in(state), state.fields)
+        return job
+
+    def generate(self, *, deadline: float | None = None, **parameters: Any) -> Result:
+        """Submit one request and wait for its result.
+
+        Raises:
+            TriptychError: as `submit` and `Job.result` do.
+        """
+        return self.submit(Request(**{"exact": False, **parameters}), deadline=deadline).result()
+
+    def warm_up(self) -> None:
+        """Run one small request through the roles, so that the first user does not wait for what happens only once."""
+        request = warm_up_request(self.front)
+        if request is None:
+            log.warning("no small request fits this model: the first one will be slower")
+            return
+        state = self.front.admit(request)
+        job = Job()
+        self.router.submit(job, self.hand_in(state), state.fields)
+        job.result()
+
+    @abstractmethod
+    def hand_in(self, state: State) -> Handover:
+        """Bring an admitted request into the form that this engine's replicas take."""
+
+    @abstractmethod
+    def close(self, timeout: float | None = None) -> None:
+        """Finish the requests that were taken on, for `timeout` seconds at most, and let go of everything."""
+
+    def ready(self) -> bool:
+        """Return whether every role has a replica."""
+        roles = {role for each in self.router.replicas if not each.draining for role in each.roles}
+        return {role for role, _ in self.front.route()} <= roles
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return how things stand, as plain values: pools, replicas, queues, requests."""
+        router = self.router
+        return {
+            "model": self.front.family.repository.name,
+            "family": self.front.family.repository.family,
+            "ready": self.ready(),
+            "requests": len(router),
+            "waiting": {role.value: len(router.waiting(role)) for role in RoleType if router.waiting(role)},
+            "replicas": [each.describe() for each in list(router.replicas)],
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _watch(self) -> None:
+        """Look after deadlines, in a thread of its own, until the engine is closed."""
+        self._closed = threading.Event()
+
+        def look() -> None:
+            while not self._closed.wait(_CHECK):
+                self.router.check_deadlines()
+
+        threading.Thread(target=look, name="deadlines", daemon=True).start()

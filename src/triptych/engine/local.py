@@ -1,0 +1,214 @@
+"""The engine in this process: every lane a thread, each role on a device of its own choosing."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from triptych.engine.base import Engine
+from triptych.engine.replica import Handover, Replica, Ticket
+from triptych.engine.router import Policy, Router
+from triptych.errors import UsageError
+from triptych.roles import WORKERS, RoleType, role_name
+from triptych.runtime.lanes import Lane, StepLane, Work
+from triptych.runtime.model import Model, load
+from triptych.runtime.prompt_cache import PromptCache
+from triptych.state import State
+
+if TYPE_CHECKING:
+    from triptych.components.dtypes import DtypeSpec
+
+log = logging.getLogger(__name__)
+
+SLOTS = {RoleType.ENCODER: 2, RoleType.DENOISER: 16, RoleType.DECODER: 2}
+"""Segments a replica takes at a time: one more than it works on, and for the denoiser as many as may share forwards."""
+
+PROMPT_CACHE = 256 * 2**20
+"""Bytes of prompt embeddings that an encoder remembers."""
+
+
+class LanesReplica(Replica):
+    """A model loaded for some roles, with a lane for each.
+
+    Attributes:
+        model: what it runs.
+        prompts: the prompt cache of its encoder; None where it has none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        *,
+        threads: Mapping[RoleType, int] | None = None,
+        slots: Mapping[RoleType, int] | None = None,
+        budget: int | None = None,
+        prompt_cache: int = PROMPT_CACHE,
+    ) -> None:
+        super().__init__(name, model.roles, {**SLOTS, **(slots or {})})
+        self.model = model
+        self.prompts = remember_prompts(model, prompt_cache)
+        self._works: dict[Ticket, Work] = {}
+        self.lanes: dict[RoleType, Lane] = {}
+        lock = threading.Lock() if _share_weights(model) else None
+        for role in sorted(model.roles):
+            many = (threads or {}).get(role)
+            if role is RoleType.DENOISER:
+                self.lanes[role] = StepLane(model, f"{name}/{role.value}", threads=many, budget=budget)
+            else:
+                self.lanes[role] = Lane(model, f"{name}/{role.value}", threads=many, exclusive=lock)
+
+    def start(self, ticket: Ticket) -> None:
+        state: State = ticket.handover.payload.copy()
+
+        def done(outcome: State | Exception) -> None:
+            work = self._works.pop(ticket)
+            if isinstance(outcome, Exception):
+                ticket.done(ticket, outcome)
+            else:
+                ticket.done(ticket, Handover(outcome.next_role, outcome, work.seconds))
+
+        work = Work(state, done, ticket.report, ticket.job.deadline)
+        self._works[ticket] = work
+        self.lanes[ticket.role].put(work)
+
+    def cancel(self, ticket: Ticket) -> None:
+        if (work := self._works.get(ticket)) is not None:
+            work.cancel()
+
+    def close(self) -> None:
+        for lane in self.lanes.values():
+            lane.close()
+
+    def describe(self) -> dict[str, Any]:
+        lane = self.lanes.get(RoleType.DENOISER)
+        return {
+            **super().describe(),
+            "device": str(self.model.device),
+            "loaded_bytes": sum(self.model.loaded_bytes.values()),
+            "prompt_cache": None
+            if self.prompts is None
+            else {"hits": self.prompts.hits, "misses": self.prompts.misses},
+            "budget": lane.budget if isinstance(lane, StepLane) else None,
+        }
+
+
+def remember_prompts(model: Model, max_bytes: int) -> PromptCache | None:
+    """Give the stages of a model's encoder a prompt cache; None where it has no encoder, or no bytes for it."""
+    stages = [
+        stage for stage in model.stages if stage.role is RoleType.ENCODER and hasattr(stage.helpers, "encode_prompt")
+    ]
+    if not stages or not max_bytes:
+        return None
+    cache = PromptCache(max_bytes)
+    for stage in stages:
+        stage.helpers.encode_prompt = cache.wrap(stage.helpers.encode_prompt)
+    return cache
+
+
+def _share_weights(model: Model) -> bool:
+    """Return whether a model's encoder and decoder run the same component."""
+    needs = [model.family.needs((role,), model.tasks) for role in (RoleType.ENCODER, RoleType.DECODER)]
+    return {RoleType.ENCODER, RoleType.DECODER} <= model.roles and any(
+        need.weights and name in needs[1] and needs[1][name].weights for name, need in needs[0].items()
+    )
+
+
+class LocalEngine(Engine):
+    """All roles in this process, overlapped: while one request denoises, the next is encoded and the last decoded.
+
+    Args:
+        source: a folder in diffusers' layout, or a hub id.
+        encoder, denoiser, decoder: the device of each role, or several, separated by commas: a replica on each.
+        dtype, tasks, revision, variant: as in `triptych.load`.
+        threads: CPU threads of each role's lane; by default the denoiser's has all but one.
+        policy: how a replica is chosen: `predicted` seconds, `round_robin` or `max_free_slots`.
+        max_waiting: requests on their way before further ones are turned away.
+        prompt_cache: bytes of embeddings that an encoder remembers; 0 for none.
+        batching: whether requests that are not exact share forwards.
+        warm_up: whether to run one small request before the constructor returns.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        encoder: str = "auto",
+        denoiser: str = "auto",
+        decoder: str = "auto",
+        dtype: DtypeSpec = "auto",
+        tasks: str | Iterable[str] | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        threads: Mapping[RoleType, int] | None = None,
+        slots: Mapping[RoleType, int] | None = None,
+        policy: Policy = "predicted",
+        max_waiting: int = 256,
+        prompt_cache: int = PROMPT_CACHE,
+        batching: bool = True,
+        warm_up: bool = True,
+    ) -> None:
+        options: dict[str, Any] = {"dtype": dtype, "tasks": tasks, "revision": revision, "variant": variant}
+        self.router = Router(lambda handover: handover.payload.result, policy=policy, max_waiting=max_waiting)
+        self.front = load(source, role=RoleType.SERVER, device="cpu", **options)
+        needed = {role for role, _ in self.front.route()}
+        devices = {RoleType.ENCODER: encoder, RoleType.DENOISER: denoiser, RoleType.DECODER: decoder}
+        places = place({role: devices[role] for role in WORKERS if role in needed})
+        budget = None if batching else 0
+        for number, (device, roles) in enumerate(places):
+            model = load(source, role="+".join(role.value for role in roles), device=device, **options)
+            name = f"{role_name(frozenset(roles))}-{number}"
+            share = (
+                {**thread_shares(torch.get_num_threads()), **(threads or {})} if model.device.type == "cpu" else None
+            )
+            self.router.add(
+                LanesReplica(name, model, threads=share, slots=slots, budget=budget, prompt_cache=prompt_cache)
+            )
+        self._watch()
+        if warm_up:
+            self.warm_up()
+
+    def hand_in(self, state: State) -> Handover:
+        return Handover(state.next_role, state)
+
+    def close(self, timeout: float | None = None) -> None:
+        if not self.router.drained(timeout):
+            log.warning("closing while requests are still running: they fail")
+        self._closed.set()
+        for replica in list(self.router.replicas):
+            self.router.remove(replica, "the engine was closed")
+            replica.close()
+
+
+def place(devices: Mapping[RoleType, str]) -> list[tuple[str, list[RoleType]]]:
+    """Return the replicas to load: each a device and the roles that share it. A device named twice is two replicas.
+
+    Raises:
+        UsageError: a role is given no device.
+    """
+    places: list[tuple[str, list[RoleType]]] = []
+    for role, text in devices.items():
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        if not names:
+            raise UsageError(f"{role.value}={text!r}: a device is accepted, or several separated by commas")
+        for name in names:
+            shared = next((roles for device, roles in places if device == name and role not in roles), None)
+            if shared is None:
+                places.append((name, [role]))
+            else:
+                shared.append(role)
+    return places
+
+
+def thread_shares(threads: int) -> dict[RoleType, int]:
+    """Return the CPU threads of each role's lane: more lanes than cores would only get in each other's way."""
+    return {
+        RoleType.ENCODER: max(1, threads // 4),
+        RoleType.DENOISER: max(1, threads - 1),
+        RoleType.DECODER: max(1, threads // 4),
+    }

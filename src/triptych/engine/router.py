@@ -1,0 +1,247 @@
+"""The router: which replica runs which segment, when, and what happens when one is lost."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Literal
+
+from triptych.engine.cost import Costs, work_of
+from triptych.engine.job import ENDED, Job
+from triptych.engine.replica import Handover, Replica, Ticket
+from triptych.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    OverloadedError,
+    ReplicaLost,
+    RequestLostError,
+    UsageError,
+    WireError,
+)
+from triptych.result import Result
+from triptych.roles import RoleType
+
+log = logging.getLogger(__name__)
+
+Policy = Literal["predicted", "round_robin", "max_free_slots"]
+POLICIES: tuple[Policy, ...] = ("predicted", "round_robin", "max_free_slots")
+ATTEMPTS = 3
+"""Lost attempts after which a request fails; the last of them is made alone."""
+_PROMPTS = 4096
+"""Prompts of which the router remembers where they were encoded."""
+
+
+class Router:
+    """Sees jobs through their segments. Segments wait here, not at replicas, until one has room.
+
+    Attributes:
+        costs: what predicts the seconds of a segment.
+        max_waiting: jobs that may wait or run at a time; more are turned away.
+    """
+
+    def __init__(
+        self,
+        finish: Callable[[Handover], Result],
+        *,
+        policy: Policy = "predicted",
+        max_waiting: int = 256,
+    ) -> None:
+        if policy not in POLICIES:
+            raise UsageError(f"policy={policy!r}: one of {', '.join(POLICIES)} is accepted")
+        self.costs = Costs()
+        self.max_waiting = max_waiting
+        self.replicas: list[Replica] = []
+        self._finish = finish
+        self._policy = policy
+        self._jobs: dict[Job, dict[str, Any]] = {}  # with their requests' plain parameters
+        self._encoded: OrderedDict[object, str] = OrderedDict()  # prompts, and the encoder that had each last
+        self._waiting: list[Ticket] = []
+        self._turn = 0
+        self._lock = threading.RLock()
+        self._idle = threading.Condition(self._lock)
+
+    # Requests
+
+    def submit(self, job: Job, handover: Handover, fields: dict[str, Any]) -> None:
+        """Take a job on, or turn it away.
+
+        Raises:
+            OverloadedError: too many are on their way.
+        """
+        with self._lock:
+            if len(self._jobs) >= self.max_waiting:
+                raise OverloadedError(len(self._jobs), self.retry_after())
+            self._jobs[job] = {name: value for name, value in fields.items() if isinstance(value, (int, float, str))}
+            job._cancel = lambda: self.cancel(job)
+            job.tell("queued", position=len(self._waiting))
+            self._proceed(job, handover)
+
+    def cancel(self, job: Job, error: Exception | None = None) -> None:
+        """Stop a job; it ends as soon as a replica is not computing for it any more, or at once where it waits."""
+        error = error or Cancelled("the request was cancelled")
+        with self._lock:
+            if job not in self._jobs:
+                return
+            waiting = [ticket for ticket in self._waiting if ticket.job is job]
+            for ticket in waiting:
+                self._waiting.remove(ticket)
+            for replica in self.replicas:
+                for ticket in replica.tickets:
+                    if ticket.job is job:
+                        replica.cancel(ticket)
+            self._end(job, error)
+
+    def check_deadlines(self) -> None:
+        """End the jobs whose deadline has passed."""
+        now = time.monotonic()
+        with self._lock:
+            for job in [job for job in self._jobs if job.deadline is not None and now > job.deadline]:
+                self.cancel(job, DeadlineExceeded("the request's deadline passed before it was done"))
+
+    def retry_after(self) -> float:
+        """Return the seconds after which there may be room again."""
+        with self._lock:
+            free = [replica for replica in self.replicas if not replica.draining]
+            return max(1.0, min((replica.backlog for replica in free), default=5.0))
+
+    def drained(self, timeout: float | None = None) -> bool:
+        """Wait until no job is left; returns False where some still are after `timeout` seconds."""
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._jobs, timeout)
+
+    # Replicas
+
+    def add(self, replica: Replica) -> None:
+        """Let a replica take part."""
+        with self._lock:
+            self.replicas.append(replica)
+            self._dispatch()
+
+    def remove(self, replica: Replica, reason: str) -> None:
+        """Take a replica out; what it was running is run again elsewhere."""
+        with self._lock:
+            if replica not in self.replicas:
+                return
+            self.replicas.remove(replica)
+            tickets, replica.tickets = replica.tickets, []
+            guilty = [ticket for ticket in tickets if ticket.computing] or tickets[:1]
+            for ticket in tickets:
+                self._lose(ticket, reason, counts=ticket in guilty)
+            self._dispatch()
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def waiting(self, role: RoleType) -> list[Ticket]:
+        """Return the segments of a role that wait for a replica."""
+        with self._lock:
+            return [ticket for ticket in self._waiting if ticket.role is role]
+
+    # What follows runs under the lock.
+
+    def _proceed(self, job: Job, handover: Handover) -> None:
+        role = handover.next_role
+        if role is None:
+            try:
+                self._end(job, self._finish(handover))
+            except Exception as error:  # noqa: BLE001 (it is the request's end, not the router's)
+                self._end(job, error)
+            return
+        work = work_of(self._jobs[job], role)
+        predicted = self.costs.predict(role, work)
+        alone = len(job.lost) >= ATTEMPTS - 1
+        self._waiting.append(Ticket(job, role, handover, work, predicted, alone, self._done))
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Give waiting segments to replicas that have room, in the order of arrival."""
+        full: set[RoleType] = set()
+        for ticket in list(self._waiting):
+            if ticket.role in full and not ticket.alone:
+                continue
+            replica = self._pick(ticket)
+            if replica is None:
+                full.add(ticket.role)
+                continue
+            self._waiting.remove(ticket)
+            ticket.replica, ticket.since = replica, time.monotonic()
+            replica.tickets.append(ticket)
+            ticket.job.tell("started", role=ticket.role.value, replica=replica.name)
+            replica.start(ticket)
+
+    def _pick(self, ticket: Ticket) -> Replica | None:
+        """Return the replica that is to run a ticket; None where it is better to wait."""
+        able = [each for each in self.replicas if ticket.role in each.roles and not each.draining]
+        room = [each for each in able if each.has_room(ticket)]
+        if not room:
+            return None
+        if self._policy == "round_robin":
+            self._turn += 1
+            return room[self._turn % len(room)]
+        if self._policy == "max_free_slots" or ticket.alone:
+            return max(room, key=lambda each: each.slots[ticket.role] - each.running(ticket.role))
+        if ticket.role is RoleType.ENCODER and (holder := self._holder(ticket, room)) is not None:
+            return holder
+        # Waiting for the replica that will be free first beats joining the queue of a busy one that has a slot.
+        best = min(able, key=lambda each: (each.backlog, each.name))
+        return best if best in room else None
+
+    def _holder(self, ticket: Ticket, room: list[Replica]) -> Replica | None:
+        """Return the encoder that has this prompt in its cache already, if it has room; note who will have it."""
+        if len(room) < 2:
+            return None
+        parameters = self._jobs[ticket.job]
+        prompt = parameters.get("prompt"), parameters.get("negative_prompt")
+        name = self._encoded.pop(prompt, None)
+        replica = next((each for each in room if each.name == name), min(room, key=lambda each: each.backlog))
+        self._encoded[prompt] = replica.name
+        if len(self._encoded) > _PROMPTS:
+            self._encoded.popitem(last=False)
+        return replica
+
+    def _done(self, ticket: Ticket, outcome: Handover | Exception) -> None:
+        with self._lock:
+            replica, job = ticket.replica, ticket.job
+            if replica is None or ticket not in replica.tickets:
+                return  # it was given up before
+            replica.tickets.remove(ticket)
+            if job.status in ENDED:
+                self._forget(job)
+            elif isinstance(outcome, Handover):
+                self.costs.learn(ticket.role, ticket.work, outcome.seconds)
+                outcome.before, ticket.handover.before = ticket.handover, None
+                self._proceed(job, outcome)
+            elif isinstance(outcome, WireError):  # what it was given is damaged or gone: made once more
+                ticket.handover = ticket.handover.before or ticket.handover
+                self._lose(ticket, str(outcome), counts=True)
+            elif isinstance(outcome, ReplicaLost):
+                self._lose(ticket, str(outcome), counts=True)
+            else:
+                self._end(job, outcome)
+            self._dispatch()
+
+    def _lose(self, ticket: Ticket, reason: str, *, counts: bool) -> None:
+        job = ticket.job
+        if job.status in ENDED:
+            self._forget(job)
+            return
+        if counts:
+            job.lost.append(f"{ticket.role.value}: {reason}")
+        log.warning("%s: lost with %s (%s); %d of %d attempts", job.id, ticket.replica, reason, len(job.lost), ATTEMPTS)
+        if len(job.lost) >= ATTEMPTS:
+            self._end(job, RequestLostError(job.lost))
+            return
+        job.tell("retried", role=ticket.role.value, reason=reason)
+        self._proceed(job, ticket.handover)
+
+    def _end(self, job: Job, outcome: Result | Exception) -> None:
+        job.end(outcome)
+        self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        self._jobs.pop(job, None)
+        if not self._jobs:
+            self._idle.notify_all()

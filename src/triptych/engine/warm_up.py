@@ -1,0 +1,31 @@
+"""A small request that any model can serve, to warm up with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triptych.errors import UsageError
+from triptych.request import Request
+from triptych.runtime.model import Model
+
+_SIDE = 256  # pixels
+_FRAMES = 9  # one more than a multiple of every autoencoder's compression in time
+
+
+def warm_up_request(front: Model) -> Request | None:
+    """Return a request of one step, as small as the model takes; None where it takes none of those tried."""
+    from PIL import Image
+
+    known = front.family.parameters
+    plain = {"prompt": "warm up", "num_inference_steps": 1, "seed": 0, "exact": False, "output_type": "pil"}
+    small = {"height": _SIDE, "width": _SIDE, "num_frames": _FRAMES}
+    picture = Image.new("RGB", (_SIDE, _SIDE), "gray")
+    tries: list[dict[str, Any]] = [plain | small, plain, plain | small | {"image": picture}, plain | {"image": picture}]
+    for each in tries:
+        parameters = {name: value for name, value in each.items() if name in known}
+        try:
+            front.admit(Request(**parameters))
+        except UsageError:
+            continue
+        return Request(**parameters)
+    return None

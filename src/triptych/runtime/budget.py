@@ -1,0 +1,95 @@
+"""How large a shared forward may be: measured once for a model on a device, and remembered on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import torch
+
+from triptych.stages.denoising import Denoising, Forward
+
+log = logging.getLogger(__name__)
+
+GAIN = 1.05
+"""What doubling a forward must bring in throughput to be worth the waiting."""
+LONGEST = 5.0
+"""Seconds: a forward that takes longer is not made larger."""
+MOST_ROWS = 64
+
+
+def measure(stage: Denoising, sample: Forward, interrupted: Callable[[], bool]) -> int | None:
+    """Return the size (`Forward.size`) beyond which forwards gain nothing from more rows.
+
+    Doubles the sample's rows as long as throughput grows. Returns None where `interrupted` said that there is something
+    better to do.
+    """
+    best, budget, copies = 0.0, sample.size, 1
+    while copies * sample.rows(stage.shared) <= MOST_ROWS:
+        larger = [replace(sample) for _ in range(copies)]
+        seconds = []
+        for _ in range(3):  # the first warms up
+            if interrupted():
+                return None
+            began = time.perf_counter()
+            try:
+                stage.predict(larger, exact=False)
+                if stage.device.type != "cpu":
+                    torch.accelerator.synchronize(stage.device)
+            except (torch.OutOfMemoryError, MemoryError):
+                return budget
+            seconds.append(time.perf_counter() - began)
+            if seconds[-1] > LONGEST:
+                break
+        rate = copies / min(seconds)
+        if copies > 1 and rate < best * GAIN:
+            return budget
+        best, budget = rate, copies * sample.size
+        if min(seconds) > LONGEST:
+            return budget
+        copies *= 2
+    return budget
+
+
+def key(fingerprint: str, device: torch.device, dtype: torch.dtype, threads: int) -> str:
+    """Return what a measured budget holds for: this model, on this kind of device, in this dtype."""
+    where = f"cpu x{threads}" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return f"{fingerprint}/{where}/{str(dtype).removeprefix('torch.')}"
+
+
+def cache_file() -> Path:
+    """Return where measured budgets are kept: `budgets.json` in `$TRIPTYCH_CACHE`, or in `~/.cache/triptych`."""
+    return Path(os.environ.get("TRIPTYCH_CACHE") or Path.home() / ".cache" / "triptych", "budgets.json")
+
+
+def recall(name: str) -> int | None:
+    """Return the budget that was measured under this key, if one was."""
+    try:
+        found = json.loads(cache_file().read_text())[name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def remember(name: str, budget: int) -> None:
+    """Keep a budget for the next time; warns where that is not possible."""
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            known = json.loads(path.read_text())
+        except (OSError, ValueError):
+            known = {}
+        with NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump({**known, name: budget}, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        log.warning(
+            "the measured batch budget cannot be kept in %s (%s): it is measured again at every start", path, error
+        )

@@ -1,0 +1,162 @@
+"""The engine in this process, on a tiny model: the same pixels as the whole, overlapped, cancelled, and level."""
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import triptych
+from triptych.engine.local import LocalEngine, place, thread_shares
+from triptych.errors import Cancelled, ParameterError, UsageError
+from triptych.request import Request
+from triptych.roles import RoleType
+
+ASK: dict[str, Any] = {
+    "prompt": "a red fox", "seed": 7, "height": 64, "width": 48, "num_inference_steps": 3, "output_type": "pt",
+    "max_sequence_length": 24, "exact": True,
+}  # fmt: skip
+E, D, C = RoleType.ENCODER, RoleType.DENOISER, RoleType.DECODER
+ONE = dict.fromkeys((E, D, C), 1)
+
+
+@pytest.fixture(scope="module")
+def repository(tiny_repo: Callable[..., Path]) -> Path:
+    return tiny_repo("flux2_klein")
+
+
+@pytest.fixture(scope="module")
+def engine(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalEngine]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIPTYCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with LocalEngine(repository, encoder="cpu", denoiser="cpu", decoder="cpu", threads=ONE) as engine:
+            yield engine
+
+
+@pytest.fixture(scope="module")
+def whole(repository: Path) -> triptych.Model:
+    return triptych.load(repository, device="cpu")
+
+
+def test_many_exact_requests_at_once_equal_single_runs_to_the_bit(engine: LocalEngine, whole: triptych.Model) -> None:
+    asked = [
+        {**ASK, "seed": seed, "prompt": f"fox {seed % 3}", "num_inference_steps": 2 + seed % 3} for seed in range(8)
+    ]
+    jobs = [engine.submit(Request(**each)) for each in asked]
+    for job, each in zip(jobs, asked):
+        assert torch.equal(job.result(60).images, whole.generate(**each).images)
+
+
+def test_requests_that_share_forwards_stay_within_the_tolerance(engine: LocalEngine, whole: triptych.Model) -> None:
+    asked = [{**ASK, "seed": seed} for seed in range(6)]
+    jobs = [engine.submit(Request(**{**each, "exact": False})) for each in asked]
+    for job, each in zip(jobs, asked):
+        assert (job.result(60).images - whole.generate(**each).images).abs().max() <= 1e-4
+
+
+def test_a_job_tells_what_happens_to_it(engine: LocalEngine) -> None:
+    job = engine.submit(Request(**ASK))
+    events = list(job.events())
+    assert [event.number for event in events] == list(range(len(events)))
+    steps = [event.details["step"] for event in events if event.kind == "step"]
+    assert steps == [1, 2, 3]
+    roles = [event.details["role"] for event in events if event.kind == "started"]
+    assert roles == ["encoder", "denoiser", "decoder"]
+    assert events[0].kind == "queued"
+    assert events[-1].kind == "done"
+    assert [event.number for event in job.events(start=3)] == list(range(3, len(events)))
+
+
+def test_a_bad_request_is_refused_before_it_is_a_job(engine: LocalEngine) -> None:
+    with pytest.raises(ParameterError, match="multiple of"):
+        engine.submit(Request(**{**ASK, "height": 65}))
+    assert len(engine.router) == 0
+
+
+def test_a_job_is_cancelled_in_the_middle_of_its_steps(engine: LocalEngine) -> None:
+    begun = threading.Event()
+    job = engine.submit(Request(**{**ASK, "num_inference_steps": 5000}))
+    job.listen(lambda event: begun.set() if event.kind == "step" else None)
+    assert begun.wait(20)
+    job.cancel()
+    with pytest.raises(Cancelled):
+        job.result(5)
+    assert engine.generate(**ASK).seed == 7, "the engine goes on"
+    assert all(not replica.tickets for replica in engine.router.replicas)
+
+
+def test_a_prompt_that_comes_again_is_not_encoded_again(engine: LocalEngine, whole: triptych.Model) -> None:
+    encoder = engine.router.replicas[0].model.components["text_encoder"]  # type: ignore[attr-defined]
+    calls = []
+    hook = encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    first = engine.generate(**{**ASK, "prompt": "an owl on a roof"})
+    once = len(calls)
+    again = engine.generate(**{**ASK, "prompt": "an owl on a roof"})
+    other = engine.generate(**{**ASK, "prompt": "an owl on a hill"})
+    hook.remove()
+    assert once > 0
+    assert len(calls) == once + 1, "the negative prompt is encoded once for all"
+    assert torch.equal(first.images, again.images)
+    assert torch.equal(other.images, whole.generate(**{**ASK, "prompt": "an owl on a hill"}).images)
+
+
+def test_nothing_of_a_finished_request_is_kept(engine: LocalEngine) -> None:
+    job = engine.submit(Request(**ASK))
+    kept = weakref.ref(job.result(60).images)
+    del job
+    gc.collect()
+    assert kept() is None
+    assert len(engine.router) == 0
+    assert all(not replica.tickets and not replica._works for replica in engine.router.replicas)  # type: ignore[attr-defined]
+
+
+def test_an_engine_says_how_things_stand(engine: LocalEngine) -> None:
+    told = engine.snapshot()
+    assert told["ready"]
+    assert told["family"] == "Flux2KleinPipeline"
+    (replica,) = told["replicas"]
+    assert replica["roles"] == ["decoder", "denoiser", "encoder"]
+    assert replica["loaded_bytes"] > 0
+    assert replica["running"] == {"decoder": 0, "denoiser": 0, "encoder": 0}
+
+
+def test_roles_on_one_device_share_a_replica_and_a_device_named_twice_is_two() -> None:
+    assert place({E: "cpu", D: "cpu", C: "cpu"}) == [("cpu", [E, D, C])]
+    assert place({E: "cuda:1", D: "cuda:0,cuda:2", C: "cuda:1"}) == [
+        ("cuda:1", [E, C]),
+        ("cuda:0", [D]),
+        ("cuda:2", [D]),
+    ]
+    assert place({E: "cpu", D: "cpu,cpu", C: "cpu"}) == [("cpu", [E, D, C]), ("cpu", [D])]
+    with pytest.raises(UsageError, match="a device is accepted"):
+        place({E: " , "})
+
+
+def test_lanes_never_have_more_threads_than_there_are() -> None:
+    assert thread_shares(1) == {E: 1, D: 1, C: 1}
+    assert thread_shares(2)[D] == 1
+    assert thread_shares(16)[D] == 15
+
+
+def test_two_denoisers_share_the_work(repository: Path) -> None:
+    with LocalEngine(
+        repository, encoder="cpu", denoiser="cpu,cpu", decoder="cpu", threads=ONE, warm_up=False
+    ) as engine:
+        jobs = [engine.submit(Request(**{**ASK, "seed": seed})) for seed in range(8)]
+        used = set()
+        for job in jobs:
+            job.result(60)
+            used |= {event.details["replica"] for event in job.events() if event.details.get("role") == "denoiser"
+                     and event.kind == "started"}  # fmt: skip
+    assert len(used) == 2
+
+
+def test_closing_finishes_what_was_taken_on(repository: Path) -> None:
+    engine = LocalEngine(repository, encoder="cpu", denoiser="cpu", decoder="cpu", threads=ONE, warm_up=False)
+    jobs = [engine.submit(Request(**{**ASK, "seed": seed})) for seed in range(3)]
+    engine.close(60)
+    assert [job.status for job in jobs] == ["done"] * 3

@@ -1,0 +1,288 @@
+"""The router: who runs what, and what becomes of a request whose replica is lost."""
+
+from typing import Any
+
+import pytest
+
+from triptych.engine.job import Job
+from triptych.engine.replica import Handover, Replica, Ticket
+from triptych.engine.router import Router
+from triptych.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    OverloadedError,
+    ReplicaLost,
+    RequestLostError,
+    UsageError,
+    WireError,
+)
+from triptych.result import Result
+from triptych.roles import RoleType
+
+E, D, C = RoleType.ENCODER, RoleType.DENOISER, RoleType.DECODER
+ROUTE = [E, D, C]
+
+
+class Remote(Replica):
+    """A replica whose process the test plays: it answers when told to."""
+
+    def __init__(self, name: str, *roles: RoleType, slots: int = 2) -> None:
+        super().__init__(name, frozenset(roles or ROUTE), dict.fromkeys(RoleType, slots))
+        self.cancelled: list[Ticket] = []
+
+    def start(self, ticket: Ticket) -> None:
+        pass
+
+    def cancel(self, ticket: Ticket) -> None:
+        self.cancelled.append(ticket)
+
+    def close(self) -> None:
+        pass
+
+    def answer(self, ticket: Ticket | None = None, outcome: Any = None, seconds: float = 1.0) -> None:
+        """Say that a ticket (the oldest) is done; by default with what the next role starts from."""
+        ticket = ticket or self.tickets[0]
+        position = ticket.handover.payload + 1
+        following = ROUTE[position] if position < len(ROUTE) else None
+        ticket.done(ticket, outcome or Handover(following, position, seconds))
+
+
+def router(*replicas: Replica, **options: Any) -> Router:
+    made = Router(lambda handover: Result(seed=handover.payload), **options)
+    for replica in replicas:
+        made.add(replica)
+    return made
+
+
+def submit(made: Router, steps: int = 1, **options: Any) -> Job:
+    job = Job(**options)
+    made.submit(job, Handover(E, 0), {"num_inference_steps": steps, "height": 8, "width": 8, "prompt": "fox"})
+    return job
+
+
+def kinds(job: Job) -> list[str]:
+    return [event.kind for event in job.events()]
+
+
+def test_a_job_goes_through_its_segments_and_ends_once() -> None:
+    replica = Remote("all")
+    made = router(replica)
+    job = submit(made)
+    for _ in ROUTE:
+        replica.answer()
+    assert job.result(0).seed == 3
+    assert kinds(job) == ["queued", "started", "started", "started", "done"]
+    assert len(made) == 0
+    assert replica.tickets == []
+
+
+def test_segments_wait_for_a_replica_and_go_to_the_first_that_has_room() -> None:
+    made = router()
+    first, second = submit(made), submit(made)
+    assert len(made.waiting(E)) == 2
+    slow, free = Remote("a", slots=1), Remote("b", slots=1)
+    made.add(slow)
+    assert slow.tickets[0].job is first
+    made.add(free)
+    assert free.tickets[0].job is second
+
+
+def test_a_replica_with_a_long_job_is_given_less_than_an_idle_one() -> None:
+    one, two = Remote("one", D, slots=16), Remote("two", D, slots=16)
+    made = router(one, two)
+    encoder = Remote("encoder", E, slots=64)
+    made.add(encoder)
+    long = submit(made, steps=100)
+    encoder.answer()
+    for _ in range(10):
+        submit(made, steps=10)
+    while encoder.tickets:
+        encoder.answer()
+    busy = one if one.tickets[0].job is long else two
+    other = two if busy is one else one
+    assert len(busy.tickets) == 1
+    assert len(other.tickets) == 10, "the long one is worth ten short ones"
+
+
+def test_waiting_for_the_better_replica_beats_a_slot_at_a_busy_one() -> None:
+    busy, quick = Remote("busy", D, slots=16), Remote("quick", D, slots=1)
+    encoder = Remote("encoder", E, slots=64)
+    made = router(busy, encoder)
+    submit(made, steps=100)
+    encoder.answer()
+    made.add(quick)
+    for _ in range(2):
+        submit(made, steps=1)
+        encoder.answer()
+    assert len(quick.tickets) == 1
+    assert len(made.waiting(D)) == 1, "it waits for the quick one"
+    assert len(busy.tickets) == 1
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "max_free_slots"])
+def test_the_other_policies_spread_requests(policy: Any) -> None:
+    one, two = Remote("one"), Remote("two")
+    made = router(one, two, policy=policy)
+    for _ in range(4):
+        submit(made)
+    assert len(one.tickets) == len(two.tickets) == 2
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(UsageError, match="predicted, round_robin, max_free_slots"):
+        router(policy="random")
+
+
+def test_a_prompt_goes_to_the_encoder_that_has_it_already() -> None:
+    one, two = Remote("one", E, slots=8), Remote("two", E, slots=8)
+    made = router(one, two)
+    submit(made)
+    holder = one if one.tickets else two
+    for _ in range(3):
+        submit(made)
+    assert len(holder.tickets) == 4
+
+
+def test_what_a_lost_replica_ran_is_run_elsewhere_from_the_same_hand_over() -> None:
+    first = Remote("first")
+    made = router(first)
+    job = submit(made)
+    first.answer()
+    made.remove(first, "it died")
+    assert job.status == "running"
+    second = Remote("second")
+    made.add(second)
+    assert second.tickets[0].role is D
+    assert second.tickets[0].handover.payload == 1
+    second.answer()
+    second.answer()
+    assert job.result(0).seed == 3
+    assert "retried" in kinds(job)
+    assert job.lost == ["denoiser: it died"]
+
+
+def test_a_late_answer_of_a_lost_replica_changes_nothing() -> None:
+    first, second = Remote("first"), Remote("second")
+    made = router(first)
+    job = submit(made)
+    stale = first.tickets[0]
+    made.remove(first, "it hung")
+    made.add(second)
+    first.answer(stale)
+    assert [ticket.role for ticket in second.tickets] == [E]
+    for _ in ROUTE:
+        second.answer()
+    assert job.status == "done"
+
+
+def test_a_job_lost_three_times_fails_with_the_reasons_and_its_last_attempt_is_made_alone() -> None:
+    made = router()
+    job = submit(made)
+    for number in range(2):
+        replica = Remote(f"r{number}")
+        made.add(replica)
+        replica.tickets[0].computing = True
+        made.remove(replica, f"death {number}")
+    last = Remote("r2")
+    made.add(last)
+    assert last.tickets[0].alone
+    submit(made)
+    assert len(last.tickets) == 1, "nothing runs beside a suspect"
+    made.remove(last, "death 2")
+    with pytest.raises(RequestLostError, match="3 lost attempts.*death 0.*death 1.*death 2"):
+        job.result(0)
+
+
+def test_a_request_that_only_waited_at_a_lost_replica_is_not_blamed() -> None:
+    replica = Remote("r", slots=4)
+    made = router(replica)
+    guilty, innocent = submit(made), submit(made)
+    replica.tickets[0].computing = True
+    made.remove(replica, "it died")
+    assert guilty.lost
+    assert not innocent.lost
+
+
+def test_a_damaged_hand_over_is_made_again_by_the_role_before() -> None:
+    replica = Remote("all")
+    made = router(replica)
+    job = submit(made)
+    replica.answer()
+    replica.answer(outcome=WireError("checksum mismatch"))
+    assert replica.tickets[0].role is E, "the encoder's hand-over was the damaged one"
+    for _ in ROUTE:
+        replica.answer()
+    assert job.status == "done"
+
+
+def test_an_error_of_the_request_is_not_tried_again() -> None:
+    replica = Remote("all")
+    job = submit(router(replica))
+    replica.answer(outcome=UsageError("no such thing"))
+    with pytest.raises(UsageError, match="no such thing"):
+        job.result(0)
+
+
+def test_a_replica_lost_answer_is_tried_again() -> None:
+    replica = Remote("all")
+    job = submit(router(replica))
+    replica.answer(outcome=ReplicaLost("garbage"))
+    for _ in ROUTE:
+        replica.answer()
+    assert job.status == "done"
+
+
+def test_a_cancelled_job_leaves_the_queue_or_stops_at_its_replica() -> None:
+    replica = Remote("all", slots=1)
+    made = router(replica)
+    running, waiting = submit(made), submit(made)
+    waiting.cancel()
+    assert made.waiting(E) == []
+    running.cancel()
+    assert [ticket.job for ticket in replica.cancelled] == [running]
+    for job in (running, waiting):
+        with pytest.raises(Cancelled):
+            job.result(0)
+    replica.answer()
+    assert replica.tickets == []
+    assert len(made) == 0
+
+
+def test_a_job_past_its_deadline_ends_wherever_it_is() -> None:
+    made = router()
+    job = submit(made, deadline=0.0)
+    made.check_deadlines()
+    with pytest.raises(DeadlineExceeded):
+        job.result(0)
+    assert len(made) == 0
+
+
+def test_too_many_jobs_are_turned_away_with_a_time_to_come_back() -> None:
+    made = router(max_waiting=2)
+    submit(made)
+    submit(made)
+    with pytest.raises(OverloadedError) as caught:
+        submit(made)
+    assert caught.value.retry_after >= 1
+    assert len(made) == 2
+
+
+def test_a_draining_replica_is_given_nothing_more() -> None:
+    replica = Remote("all")
+    made = router(replica)
+    replica.draining = True
+    submit(made)
+    assert replica.tickets == []
+
+
+def test_seconds_are_predicted_from_what_was_measured() -> None:
+    replica = Remote("all")
+    made = router(replica)
+    for steps in (10, 20, 30):
+        submit(made, steps=steps)
+        replica.answer(seconds=0.1)
+        replica.answer(seconds=1 + steps * 0.5)
+        replica.answer(seconds=0.1)
+    submit(made, steps=40)
+    replica.answer(seconds=0.1)
+    assert replica.tickets[0].predicted == pytest.approx(21, rel=0.01)

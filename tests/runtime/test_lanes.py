@@ -1,0 +1,226 @@
+"""Lanes: requests of many kinds on one model come out as they would alone, and none harms another."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import triptych
+from triptych.errors import Cancelled, DeadlineExceeded
+from triptych.runtime.lanes import Lane, StepLane, Work
+from triptych.runtime.model import Model
+from triptych.state import State
+
+ASK: dict[str, Any] = {
+    "prompt": "a red fox", "seed": 7, "height": 64, "width": 48, "num_inference_steps": 4, "output_type": "pt",
+    "max_sequence_length": 24, "exact": False,
+}  # fmt: skip
+LARGE = 10**9
+"""A budget that no forward reaches."""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_repo: Callable[..., Path]) -> Model:
+    return triptych.load(tiny_repo("flux2_klein"), device="cpu")
+
+
+@pytest.fixture
+def lane(model: Model) -> Iterator[StepLane]:
+    lane = StepLane(model, "test", threads=1, budget=LARGE)
+    yield lane
+    lane.close()
+
+
+class Forwards:
+    """Counts a transformer's forwards and their rows; holds them up while `closed`."""
+
+    def __init__(self, model: Model) -> None:
+        self.rows: list[int] = []
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Event()
+        self._hook = model.components["transformer"].register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def _before(self, _: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.rows.append(len(kwargs["hidden_states"]))
+        self.entered.set()
+        assert self.open.wait(20)
+
+    def remove(self) -> None:
+        self.open.set()
+        self._hook.remove()
+
+
+@pytest.fixture
+def forwards(model: Model) -> Iterator[Forwards]:
+    counted = Forwards(model)
+    yield counted
+    counted.remove()
+
+
+def encoded(model: Model, **changes: Any) -> State:
+    """A state that waits for the denoiser."""
+    state = model.admit(triptych.Request(**{**ASK, **changes}))
+    for _ in model.segment(state):
+        raise AssertionError("encoding has no denoising loop")
+    return state
+
+
+class Outcomes:
+    """Collects what lanes tell of works, and waits for all of it."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, Any] = {}
+        self.order: list[str] = []
+        self._changed = threading.Condition()
+
+    def put(self, lane: Lane, name: str, state: State, **options: Any) -> Work:
+        def done(outcome: Any) -> None:
+            with self._changed:
+                self.of[name] = outcome
+                self.order.append(name)
+                self._changed.notify_all()
+
+        work = Work(state, done, **options)
+        lane.put(work)
+        return work
+
+    def wait(self, count: int) -> dict[str, Any]:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.of) >= count, 30), f"only {self.order} ended"
+        return self.of
+
+
+def alone(model: Model, state: State) -> torch.Tensor:
+    latents: torch.Tensor = model.run(state).fields["images"]
+    return latents
+
+
+MIXED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "longer": {"num_inference_steps": 7, "seed": 8, "prompt": "two hens"},
+    "larger": {"height": 80, "width": 64, "seed": 9},
+    "turned": {"height": 48, "width": 64, "seed": 10},  # as many tokens as `plain`, at other positions
+    "two": {"num_images_per_prompt": 2, "seed": 11},
+    "unguided": {"guidance_scale": 1.0, "seed": 12},
+}
+
+
+def test_exact_requests_on_one_lane_equal_single_runs_to_the_bit(model: Model, lane: StepLane) -> None:
+    states = {name: encoded(model, exact=True, **changes) for name, changes in MIXED.items()}
+    outcomes = Outcomes()
+    for name, state in states.items():
+        outcomes.put(lane, name, state.copy())
+    for name, state in outcomes.wait(len(states)).items():
+        expected = model.run(states[name])
+        finished = model.run(state)
+        assert torch.equal(finished.result.images, expected.result.images), name
+
+
+def test_mixed_requests_share_forwards_and_stay_within_the_tolerance(
+    model: Model, lane: StepLane, forwards: Forwards
+) -> None:
+    states = {name: encoded(model, **changes) for name, changes in MIXED.items()}
+    expected = {name: model.run(replaced_exact(state)).result.images for name, state in states.items()}
+    forwards.rows.clear()
+    forwards.open.clear()
+    outcomes = Outcomes()
+    outcomes.put(lane, "plain", states["plain"].copy())
+    assert forwards.entered.wait(10)  # the others arrive while the first is under way, and join it at its second step
+    for name, state in states.items():
+        if name != "plain":
+            outcomes.put(lane, name, state.copy())
+    forwards.open.set()
+    finished = outcomes.wait(len(states))
+    assert max(forwards.rows) >= 5, f"rows of the forwards: {forwards.rows}"
+    for name, state in finished.items():
+        worst = (model.run(state).result.images - expected[name]).abs().max().item()
+        assert worst <= 1e-4, f"{name} differs by {worst}"
+
+
+def replaced_exact(state: State) -> State:
+    copy = state.copy()
+    copy.fields["exact"] = True
+    return copy
+
+
+def test_sizes_with_as_many_tokens_do_not_share_positions(model: Model, lane: StepLane, forwards: Forwards) -> None:
+    outcomes = Outcomes()
+    forwards.open.clear()
+    outcomes.put(lane, "plain", encoded(model, num_inference_steps=2))
+    outcomes.put(lane, "turned", encoded(model, num_inference_steps=2, height=48, width=64))
+    forwards.open.set()
+    outcomes.wait(2)
+    assert set(forwards.rows) == {2}, "guidance branches share a forward, the two requests do not"
+
+
+def test_the_budget_bounds_a_forward(model: Model, forwards: Forwards) -> None:
+    states = [encoded(model, seed=seed) for seed in range(4)]
+    turn = next(model.segment(states[0].copy()))
+    lane = StepLane(model, "test", threads=1, budget=sum(forward.size for forward in turn.forwards) * 2)
+    outcomes = Outcomes()
+    forwards.open.clear()
+    for number, state in enumerate(states):
+        outcomes.put(lane, str(number), state)
+    forwards.open.set()
+    outcomes.wait(4)
+    lane.close()
+    assert max(forwards.rows) == 4, "two requests of two guidance branches each"
+
+
+def test_a_short_request_overtakes_a_long_one(model: Model, forwards: Forwards) -> None:
+    lane = StepLane(model, "test", threads=1, budget=0)
+    outcomes = Outcomes()
+    outcomes.put(lane, "long", encoded(model, num_inference_steps=40))
+    assert forwards.entered.wait(10)
+    outcomes.put(lane, "short", encoded(model, num_inference_steps=2))
+    outcomes.wait(2)
+    lane.close()
+    assert outcomes.order == ["short", "long"]
+
+
+def test_a_cancelled_request_stops_before_its_next_step(model: Model, lane: StepLane, forwards: Forwards) -> None:
+    outcomes = Outcomes()
+    forwards.open.clear()
+    work = outcomes.put(lane, "gone", encoded(model, num_inference_steps=50))
+    assert forwards.entered.wait(10)
+    work.cancel()
+    forwards.open.set()
+    assert isinstance(outcomes.wait(1)["gone"], Cancelled)
+    assert len(forwards.rows) == 1
+
+
+def test_a_request_past_its_deadline_stops(model: Model, lane: StepLane) -> None:
+    outcomes = Outcomes()
+    outcomes.put(lane, "late", encoded(model), deadline=time.monotonic() - 1)
+    outcomes.put(lane, "soon", encoded(model, num_inference_steps=2000), deadline=time.monotonic() + 0.3)
+    ended = outcomes.wait(2)
+    assert isinstance(ended["late"], DeadlineExceeded)
+    assert isinstance(ended["soon"], DeadlineExceeded)
+
+
+def test_a_request_that_fails_leaves_those_beside_it_alone(model: Model, lane: StepLane, forwards: Forwards) -> None:
+    good, bad = encoded(model), encoded(model, seed=8)
+    expected = model.run(replaced_exact(good)).result.images
+    bad.fields["prompt_embeds"] = bad.fields["prompt_embeds"][..., :-1]
+    outcomes = Outcomes()
+    forwards.open.clear()
+    outcomes.put(lane, "good", good)
+    outcomes.put(lane, "bad", bad)
+    forwards.open.set()
+    ended = outcomes.wait(2)
+    assert isinstance(ended["bad"], Exception)
+    assert (model.run(ended["good"]).result.images - expected).abs().max() <= 1e-4
+
+
+def test_a_lane_that_is_closed_finishes_what_it_has(model: Model) -> None:
+    lane = StepLane(model, "test", threads=1, budget=LARGE)
+    outcomes = Outcomes()
+    for number in range(3):
+        outcomes.put(lane, str(number), encoded(model))
+    lane.close()
+    assert len(outcomes.of) == 3
