@@ -147,6 +147,33 @@ def test_mp4_of_odd_size_repeats_the_last_row_and_column(tmp_path: Path) -> None
     assert np.abs(video[:, 33].astype(int) - video[:, 32]).mean() < 4
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_mp4_has_the_sound_of_each_video(tmp_path: Path, channels: int) -> None:
+    rate, seconds = 24000, 0.5
+    time = np.arange(int(rate * seconds)) / rate
+    tones = np.stack([[np.sin(2 * np.pi * (300 * (video + 1) + 200 * each) * time) * 0.5 for each in range(channels)]
+                      for video in range(2)]).astype(np.float32)  # fmt: skip
+    frames = np.stack([smooth_video(12, 32, 32)] * 2)
+    paths = Result(seed=1, frames=frames, fps=24, audio=torch.from_numpy(tones), sample_rate=rate).save(
+        tmp_path / "fox.mp4"
+    )
+    for path, expected in zip(paths, tones):
+        with av.open(path) as container:
+            stream = container.streams.audio[0]
+            assert stream.rate == rate
+            decoded = np.concatenate([frame.to_ndarray() for frame in container.decode(stream)], axis=1)
+        assert len(decoded) == channels
+        for heard, tone in zip(decoded, expected):
+            assert np.corrcoef(heard[2048:10000], tone[2048:10000])[0, 1] > 0.95
+        assert len(read_mp4(path)[0]) == 12
+
+
+def test_other_formats_say_that_they_have_no_sound(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    audio = torch.zeros(1, 1, 100)
+    Result(seed=1, frames=smooth_video(2, 8, 8)[None], audio=audio, sample_rate=100).save(tmp_path / "fox.gif")
+    assert "no sound: only MP4" in caplog.text
+
+
 def test_mp4_is_written_where_pyav_has_no_h264(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
     floats = smooth_video(5, 33, 48)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, TypeGuard
 
 from triptych.errors import ParameterError, UsageError
+from triptych.mp4 import Sound, write_mp4
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
     Floats: TypeAlias = npt.NDArray[np.floating] | torch.Tensor
+
+log = logging.getLogger(__name__)
 
 DEFAULT_FPS = 16.0
 """Frames per second of a video whose family names no rate."""
@@ -46,7 +49,7 @@ class Result:
         frames: videos. `pil` one list of PIL images per video; `np` floats (n, frames, height, width, channels);
             `pt` floats (n, frames, channels, height, width); `latent` the denoised latents.
         fps: frames per second of `frames`; None where the family names no rate.
-        audio: samples, with `sample_rate` in Hz.
+        audio: samples from -1 to 1 with `sample_rate` in Hz: floats (n, channels, samples), one or two channels.
         mesh: a 3D shape.
         seed: what the random generator started from, drawn or given.
         timings: seconds spent in each stage, by the stage's name.
@@ -68,7 +71,7 @@ class Result:
 
         The suffix decides the format: `.png`, `.jpg`, `.jpeg` and `.webp` for images (JPEG drops transparency), `.mp4`,
         `.gif` and `.webp` for videos. One output gets `path` itself, several get a number: `fox-0.png`, `fox-1.png`.
-        A PNG carries the seed and the parameters as JSON in its text chunk `parameters`. Files appear complete or not
+        An MP4 has the audio as its sound track. A PNG carries the seed and the parameters as JSON in its text chunk `parameters`. Files appear complete or not
         at all, and replace what was there.
 
         Raises:
@@ -85,17 +88,26 @@ class Result:
             writers = [_image_writer(_picture(image), format, text) for image in pictures]
         elif self.frames is not None:
             format = check_path(path, "videos")
-            if self.audio is not None and format == "MP4":
-                raise UsageError("MP4 is written without sound: save a copy with audio=None, and the audio by itself")
             fps = DEFAULT_FPS if self.fps is None else self.fps
-            writers = [_video_writer(video, format, fps) for video in _split(self.frames, 5, latent)]
+            videos = _split(self.frames, 5, latent)
+            sounds = _sounds(self.audio, self.sample_rate, len(videos))
+            if self.audio is not None and format != "MP4":
+                log.warning("%s has no sound: only MP4 does", path)
+            writers = [_video_writer(video, format, fps, sound) for video, sound in zip(videos, sounds)]
         else:
             raise UsageError("this result has neither images nor frames to save")
         if not writers:
             raise UsageError("this result is empty: there is nothing to save")
-        paths = [path] if len(writers) == 1 else [path.with_stem(f"{path.stem}-{k}") for k in range(len(writers))]
-        _write_all(paths, writers)
+        paths = numbered(path, len(writers))
+        write_all(paths, writers)
         return paths
+
+    @property
+    def count(self) -> int:
+        """How many outputs there are, and so files that `save` writes."""
+        if self.images is not None:
+            return sum(len(each) for each in _layers(self.images))
+        return 0 if self.frames is None else len(self.frames)
 
     def _png_text(self) -> PngInfo:
         from PIL.PngImagePlugin import PngInfo
@@ -194,7 +206,28 @@ def _image_writer(image: Image, format: str, text: PngInfo | None) -> Callable[[
     return write
 
 
-def _video_writer(video: object, format: str, fps: float) -> Callable[[BinaryIO], None]:
+def _sounds(audio: Floats | None, sample_rate: int | None, count: int) -> list[Sound | None]:
+    """Return the sound of each of `count` videos: samples (channels, samples) and their rate.
+
+    Raises:
+        UsageError: it is not one sound for each video, of one or two channels.
+    """
+    import numpy as np
+
+    if audio is None:
+        return [None] * count
+    samples = audio.detach().float().cpu().numpy() if _is_tensor(audio) else np.asarray(audio, np.float32)
+    if samples.ndim == 2:
+        samples = samples[:, None]
+    if sample_rate is None or samples.ndim != 3 or len(samples) != count or samples.shape[1] not in (1, 2):
+        raise UsageError(
+            f"audio of shape {samples.shape} at {sample_rate} Hz is no sound for {count} videos: expected "
+            f"({count}, channels, samples) with one or two channels, and a rate"
+        )
+    return [(each, sample_rate) for each in samples]
+
+
+def _video_writer(video: object, format: str, fps: float, sound: Sound | None) -> Callable[[BinaryIO], None]:
     fastest = {"MP4": 1000, "GIF": 50, "WEBP": 1000}[format]  # GIF counts in 1/100 s, and players slow 1/100 s down
     if not 0 < fps <= fastest:
         raise ParameterError("fps", fps, f"{format} plays more than 0 and at most {fastest} frames a second")
@@ -203,7 +236,7 @@ def _video_writer(video: object, format: str, fps: float) -> Callable[[BinaryIO]
 
     def write(file: BinaryIO) -> None:
         if format == "MP4":
-            _write_mp4(file, frames, fps)
+            write_mp4(file, frames, fps, sound)
             return
         unit = 10 if format == "GIF" else 1  # ms
         ticks = [round(k * 1000 / fps / unit) for k in range(len(frames) + 1)]  # rounding must not add up
@@ -214,36 +247,17 @@ def _video_writer(video: object, format: str, fps: float) -> Callable[[BinaryIO]
     return write
 
 
-def _write_mp4(file: BinaryIO, frames: Sequence[Image], fps: float) -> None:
-    """Encode H.264 (MPEG-4 part 2 where PyAV comes without x264), 4:2:0 and BT.709, which every player shows.
+def numbered(path: Path, count: int) -> list[Path]:
+    """Return the files of `count` outputs: the path itself, or numbered ones where there are several."""
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{k}") for k in range(count)]
 
-    4:2:0 needs even sizes: the last row or column of an odd one is repeated.
+
+def write_all(paths: Sequence[Path], writers: Sequence[Callable[[BinaryIO], None]]) -> None:
+    """Write every file beside its place under another name; when all are complete, move them to their places.
+
+    Raises:
+        UsageError: one of the paths is a folder.
     """
-    import av
-    import numpy as np
-    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
-
-    rate = Fraction(float(fps)).limit_denominator(1001)
-    h264 = "libx264" in av.codecs_available
-    with av.open(file, "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264" if h264 else "mpeg4", rate=rate)
-        stream.options = {"crf": "16"} if h264 else {"qmin": "2", "qmax": "4"}
-        width, height = frames[0].size
-        stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
-        stream.colorspace, stream.color_range = Colorspace.ITU709, ColorRange.MPEG
-        stream.color_primaries, stream.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        for k, image in enumerate(frames):
-            pixels = np.asarray(image.convert("RGB"))
-            padded = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            frame = av.VideoFrame.from_ndarray(padded, format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
-            frame.pts, frame.time_base = k, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
-def _write_all(paths: Sequence[Path], writers: Sequence[Callable[[BinaryIO], None]]) -> None:
-    """Write every file beside its place under another name; when all are complete, move them to their places."""
     if taken := next((path for path in paths if path.is_dir()), None):
         raise UsageError(f"{taken}: this is a folder")
     unfinished = [path.with_name(f".{path.name}.{secrets.token_hex(4)}") for path in paths]
