@@ -24,7 +24,7 @@ from .tracing import CASES, Case, Tracer, selections, span, tensors_of, trace
 
 TinyRepo = Callable[..., Path]
 
-# What is held and never read: `{family: {role: {name: why}}}`. A whole model has those of its roles.
+# What is held and never read: `{family or case: {role: {name: why}}}`. A whole model has those of its roles.
 BATCHES = "8 bytes: a training counter that belongs to the state of torch's batch norm"
 FREQUENCIES = "half a head: a second copy of `inv_freq`, which transformers' rotary embeddings keep for dynamic scaling"
 UNREAD = {
@@ -55,6 +55,14 @@ UNREAD = {
     "glm_image": {
         "encoder": {"vision_language_encoder.model.language_model.rotary_emb.original_inv_freq": FREQUENCIES}
     },
+    "hunyuan_video15": {"encoder": {"text_encoder.rotary_emb.original_inv_freq": FREQUENCIES}},
+    "longcat_image": {"encoder": {"text_encoder.model.language_model.rotary_emb.original_inv_freq": FREQUENCIES}},
+    "longcat_image edit=True": {
+        "encoder": {
+            "text_encoder.model.language_model.rotary_emb.original_inv_freq": FREQUENCIES,
+            "text_encoder.model.visual.rotary_pos_emb.original_inv_freq": FREQUENCIES,
+        }
+    },
     "z_image": {"encoder": {"text_encoder.rotary_emb.original_inv_freq": FREQUENCIES}},
 }
 # What is read and without effect.
@@ -68,6 +76,13 @@ UNUSED = {
         }
     }
     for family in ("qwen_image", "qwen_image_edit", "qwen_image_layered")
+}
+UNUSED["hunyuan_video15"] = {
+    "denoiser": {
+        f"transformer.transformer_blocks.1.{layer}.{leaf}": TEXT_OF_THE_LAST_BLOCK
+        for layer in ("attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
+        for leaf in ("weight", "bias")
+    }
 }
 SMALL_BYTES = 4096
 
@@ -88,7 +103,7 @@ def repo(case: Case, tiny_repo: TinyRepo) -> Path:
 def listed(table: Mapping[str, Mapping[str, Mapping[str, str]]], case: Case, role: str) -> set[str]:
     """Return the names that a table lists for a role."""
     return {
-        name for each, names in table.get(case.family, {}).items() if role in (each, "monolithic") for name in names
+        name for each, names in table.get(case.name, table.get(case.family, {})).items() if role in (each, "monolithic") for name in names
     }
 
 
@@ -191,7 +206,7 @@ def test_running_a_hollow_component_tells_component_role_and_stage(
 def turn_of(case: Case, repo: Path, role: str) -> State:
     """Return the first request of a case as a state whose turn is `role`'s."""
     state = triptych.load(repo, role="server", device="cpu").admit(
-        Request(prompt="fox", **next(iter(case.requests.values()))[0])
+        Request(**{"prompt": "fox", **next(iter(case.requests.values()))[0]})
     )
     state.position = [each.value for each in state.route].index(role)
     return state

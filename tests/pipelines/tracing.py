@@ -207,6 +207,16 @@ _KONTEXT_TASKS = {
     "text-to-image": (_KONTEXT,),
 }
 _GLM_IMAGE: Mapping[str, Any] = {"height": 64, "width": 96, "num_inference_steps": 2}
+_LONGCAT: Mapping[str, Any] = {"height": 64, "width": 32, "num_inference_steps": 2, "negative_prompt": "ugly"}
+_LONGCAT_TASKS = {
+    "text-to-image": ({**_LONGCAT, "enable_prompt_rewrite": False},),
+    "text-to-image-rewritten": (_LONGCAT,),
+}
+_LONGCAT_EDIT: Mapping[str, Any] = {"num_inference_steps": 2, "negative_prompt": "ugly", "image": picture()}
+_HUNYUAN: Mapping[str, Any] = {"num_frames": 5, "num_inference_steps": 2}
+_QUOTED: Mapping[str, Any] = {"prompt": 'a sign "SLOW"'}  # ByT5 reads quotations, and nothing else
+_HUNYUAN_T2V = ({**_HUNYUAN, "height": 32, "width": 48}, {**_HUNYUAN, **_QUOTED, "height": 32, "width": 48})
+_HUNYUAN_I2V = ({**_HUNYUAN, "image": picture()}, {**_HUNYUAN, **_QUOTED, "image": picture()})
 
 CASES = (
     Case("flux2_klein", {}, _KLEIN_TASKS),
@@ -226,6 +236,16 @@ CASES = (
     Case("stable_diffusion_3", {}, {"text-to-image": (_SD3,)}),
     Case("stable_diffusion_3", {"t5": False}, {"text-to-image": (_SD3,)}),
     Case("glm_image", {}, {"text-to-image": (_GLM_IMAGE,), "edit": ({**_GLM_IMAGE, "image": picture()},)}),
+    Case("longcat_image", {}, _LONGCAT_TASKS),
+    Case("longcat_image", {"edit": True}, {"edit": (_LONGCAT_EDIT,)}),
+    Case("hunyuan_video15", {"task": "t2v"}, {"text-to-video": _HUNYUAN_T2V}),
+    Case("hunyuan_video15", {"task": "t2v", "guidance_scale": 1.0}, {"text-to-video": _HUNYUAN_T2V}),
+    Case("hunyuan_video15", {"task": "i2v"}, {"image-to-video": _HUNYUAN_I2V}),
+    Case(
+        "hunyuan_video15",
+        {"task": "i2v", "guidance_scale": 1.0, "use_meanflow": True},
+        {"image-to-video": _HUNYUAN_I2V},
+    ),
     Case("z_image", {}, {"text-to-image": (_Z_IMAGE,)}),
     Case("wan_i2v", {"version": "2.1"}, {"image-to-video": (_WAN_CLIP,)}),
     Case("wan_i2v", {"version": "2.1-flf"}, {"image-to-video": ({**_WAN_CLIP, "last_image": picture().rotate(180)},)}),

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 INDEX = "model_index.json"
 _CONFIGS = (
     "config.json", "scheduler_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json",
+    "guider_config.json",
 )  # fmt: skip
 _STEMS = ("diffusion_pytorch_model", "model")
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf")

@@ -65,7 +65,8 @@ class RayReplica(Replica):
         self.told: dict[str, Any] = {}
         self.asked: float | None = None  # when it was asked for a sign of life that has not come yet
         self.busy = time.monotonic()  # when it last had work
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
+        self.losses = 0  # times it died or hung
         self._later = later
         self._names: dict[Ticket, str] = {}
 
@@ -187,6 +188,16 @@ class RayEngine(Engine):
         data = np.frombuffer(state.to_bytes(), np.uint8)
         return Handover(state.next_role, data if data.nbytes < INLINE else ray.put(data))
 
+    @property
+    def replicas(self) -> list[RayReplica]:
+        """All replicas that are known, whether ready or not."""
+        return list(self._replicas.values())
+
+    def objects(self) -> int:
+        """Return how many objects this process refers to in Ray's store, or holds for others."""
+        worker: Any = ray._private.worker.global_worker
+        return len(worker.core_worker.get_all_reference_counts())
+
     def scale(self, pool: str, replicas: int) -> None:
         """Set how many replicas a pool has; those that are too many finish what they have.
 
@@ -267,32 +278,38 @@ class RayEngine(Engine):
     def _finished(self, replica: RayReplica, future: Future[Any], ticket: Ticket, data: Any) -> None:
         replica.forget(ticket)
         replica.busy = time.monotonic()
-        try:
-            outcome = future.result()
-            if "error" in outcome:
-                ticket.done(ticket, from_text(*outcome["error"]))
-            elif outcome["next"] is None:
-                state = State.from_bytes(np.array(ray.get(data)).data)
-                ticket.done(ticket, Handover(None, state, outcome["seconds"]))
-            else:
-                ticket.done(ticket, Handover(RoleType(outcome["next"]), data, outcome["seconds"]))
-        except RayActorError as error:
+        # Not `result()`: an error raised here would hold this frame, and so the ticket, until it is garbage-collected.
+        error = future.exception()
+        if isinstance(error, RayActorError):
             self._lost(replica, f"{replica.name} died ({type(error).__name__})")
-        except (ObjectLostError, OwnerDiedError, WireError) as error:
+        elif isinstance(error, (ObjectLostError, OwnerDiedError)):
             ticket.done(ticket, WireError(f"the hand-over was lost: {error}"))
-        except RayError as error:
+        elif error is not None:
             ticket.done(ticket, RemoteError(str(error)))
+        else:
+            ticket.done(ticket, self._outcome(future.result(), data))
+
+    def _outcome(self, told: dict[str, Any], data: Any) -> Handover | Exception:
+        """Return what a replica's answer means."""
+        if "error" in told:
+            return from_text(*told["error"])
+        if told["next"] is not None:
+            return Handover(RoleType(told["next"]), data, told["seconds"])
+        try:
+            return Handover(None, State.from_bytes(np.array(ray.get(data)).data), told["seconds"])
+        except (ObjectLostError, OwnerDiedError, WireError) as error:
+            return WireError(f"the result was lost: {error}")
 
     def _told(self, replica: RayReplica, future: Future[Any]) -> None:
         replica.asked = None
-        try:
-            told = future.result()
-        except RayActorError as error:
+        error = future.exception()
+        if error is not None:
             if replica.state == "ready":
                 self._lost(replica, f"{replica.name} died ({type(error).__name__})")
             elif "creation task" in str(error):
                 replica.failure = error
             return
+        told = future.result()
         if replica.state == "starting":
             replica.told = told
             replica.state = "ready"
@@ -304,6 +321,7 @@ class RayEngine(Engine):
     def _lost(self, replica: RayReplica, reason: str) -> None:
         if replica.state == "ready":
             replica.state, replica.asked = "starting", None
+            replica.losses += 1
             log.warning("%s; its requests go elsewhere, and it is started anew", reason)
             self.router.remove(replica, reason)
 

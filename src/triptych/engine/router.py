@@ -230,7 +230,7 @@ class Router:
             return
         if counts:
             job.lost.append(f"{ticket.role.value}: {reason}")
-        log.warning("%s: lost with %s (%s); %d of %d attempts", job.id, ticket.replica, reason, len(job.lost), ATTEMPTS)
+        log.warning("%s: lost an attempt (%s); %d of %d", job.id, reason, len(job.lost), ATTEMPTS)
         if len(job.lost) >= ATTEMPTS:
             self._end(job, RequestLostError(job.lost))
             return
