@@ -217,6 +217,16 @@ _HUNYUAN: Mapping[str, Any] = {"num_frames": 5, "num_inference_steps": 2}
 _QUOTED: Mapping[str, Any] = {"prompt": 'a sign "SLOW"'}  # ByT5 reads quotations, and nothing else
 _HUNYUAN_T2V = ({**_HUNYUAN, "height": 32, "width": 48}, {**_HUNYUAN, **_QUOTED, "height": 32, "width": 48})
 _HUNYUAN_I2V = ({**_HUNYUAN, "image": picture()}, {**_HUNYUAN, **_QUOTED, "image": picture()})
+_HELIOS: Mapping[str, Any] = {
+    "height": 16, "width": 32, "num_frames": 5, "num_latent_frames_per_chunk": 3, "max_sequence_length": 16,
+}  # fmt: skip
+_HELIOS_STEPS = {"base": {"num_inference_steps": 1}, "pyramid": {"pyramid_num_inference_steps_list": [1, 1]}}
+
+
+def helios_tasks(steps: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], ...]]:
+    given = {"text-to-video": {}, "image-to-video": {"image": picture()}, "video-to-video": {"video": [picture()] * 5}}
+    return {task: ({**_HELIOS, **steps, **each},) for task, each in given.items()}
+
 
 CASES = (
     Case("flux2_klein", {}, _KLEIN_TASKS),
@@ -246,6 +256,9 @@ CASES = (
         {"task": "i2v", "guidance_scale": 1.0, "use_meanflow": True},
         {"image-to-video": _HUNYUAN_I2V},
     ),
+    Case("helios", {"version": "base"}, helios_tasks(_HELIOS_STEPS["base"])),
+    Case("helios", {"version": "mid"}, helios_tasks(_HELIOS_STEPS["pyramid"])),
+    Case("helios", {"version": "distilled"}, helios_tasks(_HELIOS_STEPS["pyramid"])),
     Case("z_image", {}, {"text-to-image": (_Z_IMAGE,)}),
     Case("wan_i2v", {"version": "2.1"}, {"image-to-video": (_WAN_CLIP,)}),
     Case("wan_i2v", {"version": "2.1-flf"}, {"image-to-video": ({**_WAN_CLIP, "last_image": picture().rotate(180)},)}),
