@@ -228,6 +228,23 @@ def helios_tasks(steps: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any],
     return {task: ({**_HELIOS, **steps, **each},) for task, each in given.items()}
 
 
+_LTX2: Mapping[str, Any] = {
+    "height": 32, "width": 64, "num_frames": 5, "num_inference_steps": 2, "max_sequence_length": 24,
+    "spatio_temporal_guidance_blocks": [1],
+}  # fmt: skip
+_LTX2_GIVEN = {"latents": torch.ones(1, 6, 3, 4, 8), "audio_latents": torch.ones(1, 3, 4, 5)}
+_LTX2_IMAGE = {**_LTX2, "image": picture()}
+_LTX2_TASKS = {
+    "text-to-video": (_LTX2, {**_LTX2, **_LTX2_GIVEN}),
+    "image-to-video": (_LTX2_IMAGE, {**_LTX2_IMAGE, **_LTX2_GIVEN}),
+}
+_LTX2_TWO_STAGES = {
+    "text-to-video-two-stage": ({**_LTX2, "two_stage": True},),
+    "image-to-video-two-stage": ({**_LTX2_IMAGE, "two_stage": True},),
+}
+_LTX2_PREDICTED = {"num_frames": None, "frame_rate": 6.0, "max_seconds": 1.2}
+_LTX25_TASKS = {task: (*calls, {**calls[0], **_LTX2_PREDICTED}) for task, calls in _LTX2_TASKS.items()}
+
 CASES = (
     Case("flux2_klein", {}, _KLEIN_TASKS),
     Case("flux2_klein", {"is_distilled": True}, _KLEIN_TASKS),
@@ -259,6 +276,10 @@ CASES = (
     Case("helios", {"version": "base"}, helios_tasks(_HELIOS_STEPS["base"])),
     Case("helios", {"version": "mid"}, helios_tasks(_HELIOS_STEPS["pyramid"])),
     Case("helios", {"version": "distilled"}, helios_tasks(_HELIOS_STEPS["pyramid"])),
+    Case("ltx2", {"version": "2.0", "upsampler": True}, {**_LTX2_TASKS, **_LTX2_TWO_STAGES}),
+    Case("ltx2", {"version": "2.3"}, _LTX2_TASKS),
+    Case("ltx2", {"version": "2.5"}, _LTX25_TASKS),
+    Case("ltx2", {"version": "2.0", "image": True}, {"image-to-video": _LTX2_TASKS["image-to-video"]}),
     Case("z_image", {}, {"text-to-image": (_Z_IMAGE,)}),
     Case("wan_i2v", {"version": "2.1"}, {"image-to-video": (_WAN_CLIP,)}),
     Case("wan_i2v", {"version": "2.1-flf"}, {"image-to-video": ({**_WAN_CLIP, "last_image": picture().rotate(180)},)}),

@@ -21,7 +21,8 @@ class Family:
 
     Attributes:
         pipelines: the pipeline classes served, by their names in `model_index.json` and in diffusers.
-        tasks: what the family can do: task, and one line that says it. The first is the default.
+        tasks: what the family can do: task, and one line that says it. The first is the default. A repository may have
+            fewer.
         geometry: components whose configuration the diffusers pipeline's constructor reads, in every role.
         admission: further components whose configuration `admit` reads.
         refused: parameters of the pipeline that a request may not carry.
@@ -29,7 +30,7 @@ class Family:
     """
 
     pipelines: ClassVar[tuple[str, ...]]
-    tasks: ClassVar[Mapping[str, str]]
+    tasks: Mapping[str, str]
     geometry: ClassVar[Mapping[str, Need]] = {}
     admission: ClassVar[Mapping[str, Need]] = {}
     refused: ClassVar[frozenset[str] | set[str]] = frozenset()

@@ -285,11 +285,11 @@ class GlmDenoising(Denoising):
         branches = state.conditioning["branches"]
         return [Forward("transformer", branch, {**common, **inputs}) for branch, inputs in branches.items()]
 
-    def _fits(self, name: str, one: Any, other: Any) -> bool:
-        return one.tokens == other.tokens if name == "kv_caches" else super()._fits(name, one, other)
+    def fits(self, name: str, one: Any, other: Any) -> bool:
+        return one.tokens == other.tokens if name == "kv_caches" else super().fits(name, one, other)
 
-    def _join(self, name: str, values: list[Any]) -> Any:
-        return PictureCache.join(values) if name == "kv_caches" else super()._join(name, values)
+    def join(self, name: str, values: list[Any]) -> Any:
+        return PictureCache.join(values) if name == "kv_caches" else super().join(name, values)
 
     def advance(self, state: View, i: int, prediction: Sequence[torch.Tensor]) -> None:
         noise, *rest = (each.float() for each in prediction)

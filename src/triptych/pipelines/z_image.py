@@ -123,12 +123,12 @@ class ZImageDenoising(Denoising):
         # The third dimension is time: a picture is one frame.
         return [Forward("transformer", "cond", {"x": latents.unsqueeze(2), "t": timestep, "cap_feats": embeds})]
 
-    def _forward(self, forward: Forward) -> torch.Tensor:
+    def call(self, forward: Forward) -> torch.Tensor:
         """Run the transformer, which takes and gives lists of latents, on one tensor with a row for each."""
         import torch
 
         inputs = {**forward.inputs, "x": list(forward.inputs["x"].unbind())}
-        return torch.stack(list(super()._forward(replace(forward, inputs=inputs))))
+        return torch.stack(list(super().call(replace(forward, inputs=inputs))))
 
     def advance(self, state: View, i: int, prediction: Sequence[torch.Tensor]) -> None:
         import torch
