@@ -8,10 +8,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format docs clean
+.PHONY: help setup demo test test-slow lint format docs families-page clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)-dev ## create the environment with everything the tests need
 
@@ -37,6 +37,9 @@ format: $(INSTALLED)-dev ## sort imports and format
 
 docs: $(INSTALLED)-docs ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
+
+families-page: $(INSTALLED)-dev ## write docs/families.md anew from the code and docs/published/
+	$(BIN)/python tools/published.py
 
 clean: ## remove the environment and everything generated
 	rm -rf $(VENV) site dist demo.png .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

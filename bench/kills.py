@@ -82,7 +82,7 @@ def run(engine: RayEngine, requests: int, concurrency: int, expected: list[Any],
                 outcome = "same" if torch.equal(images, expected[seed]) else "different"
             except TimeoutError:
                 outcome = "hung"
-            except Exception as error:  # a request's failure is what is counted here
+            except Exception as error:  # noqa: BLE001 (a request's failure is what is counted here)
                 outcome = f"failed: {type(error).__name__}"
             with lock:
                 ended[outcome] += 1
@@ -184,7 +184,9 @@ def report(
         "ended": dict(ended),
         "killed": dict(sorted(killer.phases.items())),
         "noticed after, s": {
-            name: {"median": sorted(each)[len(each) // 2], "most": max(each)} for name, each in killer.seconds.items() if each
+            name: {"median": sorted(each)[len(each) // 2], "most": max(each)}
+            for name, each in killer.seconds.items()
+            if each
         },
         "before": before,
         "after": after,

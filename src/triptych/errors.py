@@ -47,9 +47,8 @@ class UnknownParameterError(UsageError):
 
     def __init__(self, field: str, family: str, known: Iterable[str]) -> None:
         known = sorted(known)
-        super().__init__(
-            f"{family} has no parameter {field!r}{did_you_mean(field, known)}. It takes: {', '.join(known)}"
-        )
+        hint = did_you_mean(field, known) or "."
+        super().__init__(f"{family} has no parameter {field!r}{hint} It takes: {', '.join(known)}")
         self.field = field
         self.known = known
 

@@ -6,7 +6,21 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "numpy", "PIL", "av", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub")
+HEAVY = (
+    "torch",
+    "numpy",
+    "PIL",
+    "av",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "huggingface_hub",
+    "fastapi",
+    "uvicorn",
+    "httpx",
+    "ray",
+)
 
 PROBE = """
 import json, sys
@@ -31,6 +45,9 @@ def imported_after(code: str) -> set[str]:
         "from triptych.cli import run; run(['--help'])",
         "from triptych.cli import run; run(['generate', '--help'])",
         "from triptych.cli import run; run(['--version'])",
+        "from triptych.cli import run; run(['serve', '--help'])",
+        "from triptych.cli import run; run(['serve', '--engine', 'local', '--pools', 'denoiser=2'])",
+        "from triptych.cli import run; run(['top', '--help'])",
         "from triptych.cli import run; run(['families'])",
         "from triptych.cli import run; run(['generate', 'a fox', '--size', 'large'])",
     ],

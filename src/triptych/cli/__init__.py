@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 import triptych
-from triptych.cli import families, generate, plan
+from triptych.cli import families, generate, plan, serve, top
 from triptych.cli.errors import USAGE, say
 
 
@@ -31,6 +31,8 @@ app = typer.Typer(
 app.command(cls=_Generate)(generate.generate)
 app.command()(plan.plan)
 app.command()(families.families)
+app.command()(serve.serve)
+app.command()(top.top)
 
 
 @app.callback(invoke_without_command=True)

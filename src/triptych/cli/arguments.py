@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,14 +70,24 @@ class Asked:
         """
         from triptych.request import Request
 
-        values = dict(self.values)
-        if (
-            "num_images_per_prompt" not in model.family.parameters
-            and "num_videos_per_prompt" in model.family.parameters
-        ):
-            values = {name.replace("num_images_per", "num_videos_per"): value for name, value in values.items()}
+        with self.naming_options():
+            return model.admit(Request(**self.values_for(model.family.parameters)))
+
+    def values_for(self, known: Collection[str]) -> dict[str, Any]:
+        """Return the parameters for a family that knows these: it may count its outputs as images or as videos."""
+        if "num_images_per_prompt" in known or "num_videos_per_prompt" not in known:
+            return dict(self.values)
+        return {name.replace("num_images_per", "num_videos_per"): value for name, value in self.values.items()}
+
+    @contextmanager
+    def naming_options(self) -> Iterator[None]:
+        """Let the message of a parameter that is refused begin with its option.
+
+        Raises:
+            UsageError: one was.
+        """
         try:
-            return model.admit(Request(**values))
+            yield
         except UnknownParameterError as error:
             raise UsageError(f"{self._option(error.field)}: {error}") from error
         except ParameterError as error:

@@ -12,7 +12,8 @@ from triptych.cli.arguments import Asked, model_and_prompt, open_images, parse_p
 from triptych.cli.console import logging_to, quieten_libraries, stderr_console
 from triptych.cli.errors import reported
 from triptych.cli.options import Debug, Dtype, Revision, Tasks, Variant, dtype_spec
-from triptych.cli.output import output_path, progress, summary
+from triptych.cli.output import path_for, progress, summary
+from triptych.cli.remote import check_remote, generate_remotely
 
 _REQUEST, _OUTPUT = "Request", "Output"  # headings of --help
 
@@ -116,8 +117,11 @@ def generate(
     revision: Revision = None,
     variant: Variant = None,
     device: Annotated[
-        str, typer.Option(help="A torch device, or auto: the first accelerator there is.", rich_help_panel="Model")
-    ] = "auto",
+        str | None,
+        typer.Option(
+            help="A torch device, or auto, the default: the first accelerator there is.", rich_help_panel="Model"
+        ),
+    ] = None,
     split: Annotated[
         bool,
         typer.Option(
@@ -127,6 +131,15 @@ def generate(
             rich_help_panel="Model",
         ),
     ] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Let a running `triptych serve` make it. What is not given is the service's default; ask it for --exact "
+            "where the picture has to be the same to the bit.",
+            rich_help_panel="Model",
+        ),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Tell what each role loaded; let the libraries speak.")
     ] = False,
@@ -144,6 +157,9 @@ def generate(
     console = stderr_console()
     console.quiet = quiet
     with reported(debug), logging_to(stderr_console(), verbose=verbose):
+        if server is not None:
+            local = {"--model": model, "--dtype": dtype, "--tasks": tasks, "--revision": revision, "--variant": variant}
+            check_remote(arguments, {**local, "--device": device, "--split": split or None})
         source, prompt = model_and_prompt(arguments, model)
         asked = Asked()
         asked.add("prompt", prompt)
@@ -164,18 +180,24 @@ def generate(
             asked.add(name, value, f"--param {name}")
         asked.add("image", open_images(image or []))
 
+        if server is not None:
+            for each in generate_remotely(server, asked, output, console):
+                print(each)
+            return
+
         began = time.perf_counter()
         import triptych  # heavy from here on: everything above is checked first
 
         if not verbose:
             quieten_libraries(downloads=not quiet)
+        device = device or "auto"
         options: dict[str, Any] = {"dtype": dtype_spec(dtype), "revision": revision, "variant": variant}
         console.print(f"Opening {source}", markup=False, soft_wrap=True)
         checker = triptych.load(
             source, role="server", device="cpu" if split else device, tasks=tasks or None, **options
         )
         state = asked.admit(checker)
-        path = output_path(output, checker.family, state)
+        path = path_for(output, checker.family, state)
         options["revision"] = checker.family.repository.files.revision or revision  # no two roles of two revisions
         loading = {"libraries, checks": time.perf_counter() - began}
 
@@ -201,6 +223,6 @@ def generate(
         began = time.perf_counter()
         result = state.result
         written = result.save(path)
-        summary(console, {**loading, **result.timings, "writing": time.perf_counter() - began}, result)
+        summary(console, {**loading, **result.timings, "writing": time.perf_counter() - began}, result.seed)
         for each in written:
             print(each)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from triptych.errors import UsageError
+from triptych.errors import RoleError, UsageError
+from triptych.roles import WORKERS, RoleType
 
 if TYPE_CHECKING:
     from triptych.components.dtypes import DtypeSpec
@@ -80,3 +81,26 @@ def dtype_spec(text: str | None) -> DtypeSpec:
 def option_of(parameter: str) -> str:
     """Return how a request parameter is given on the command line."""
     return PARAMETER_OPTIONS.get(parameter, f"--param {parameter}")
+
+
+def by_role(option: str, text: str | None) -> dict[RoleType, int] | None:
+    """Return the numbers of `role=number,...`; None where nothing was given.
+
+    Raises:
+        UsageError: a part is not a role that computes and a number of at least 1.
+    """
+    if text is None:
+        return None
+    numbers: dict[RoleType, int] = {}
+    for part in text.split(","):
+        name, _, number = (each.strip() for each in part.partition("="))
+        try:
+            role = RoleType(name)
+        except RoleError as error:
+            raise UsageError(f"{option} {text!r}: {error}") from None
+        if role not in WORKERS or not number.isdecimal() or int(number) < 1:
+            raise UsageError(f"{option} {text!r}: role=number is accepted, as in encoder=1,denoiser=8")
+        if role in numbers:
+            raise UsageError(f"{option} {text!r}: {name!r} is given twice")
+        numbers[role] = int(number)
+    return numbers

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from triptych.errors import UsageError
 from triptych.result import check_path
@@ -15,37 +15,50 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from triptych.pipelines.base import Family
-    from triptych.result import Result
-    from triptych.runtime.model import OnStep
+    from triptych.runtime.segment import OnStep
     from triptych.state import State
+
+Kind: TypeAlias = Literal["images", "videos"]
 
 _SLUG = 60
 """Characters of the prompt in a file's name: in any script it stays below a file system's 255 bytes."""
 
 
-def output_path(asked: Path | None, family: Family, state: State) -> Path:
+def output_path(asked: Path | None, kind: Kind, *, prompt: str, seed: int, count: int) -> Path:
     """Return where the outputs go, once it is known that they can be written there.
 
     Without a file's name: the prompt and the seed, under a name that no file has yet.
 
     Raises:
-        UsageError: the suffix, the folder or the output type does not suit.
+        UsageError: the suffix or the folder does not suit.
     """
-    written = {name for _, stage in family.recipe for name in stage.writes}
-    kind: Literal["images", "videos"] = "videos" if "frames" in written else "images"
-    if kind == "images" and "images" not in written:
-        raise UsageError(f"{type(family).__name__} makes neither images nor videos: save its result from Python")
-    if state.fields.get("output_type") == "latent":
-        raise UsageError("--param output_type: latents cannot be saved to a file; use another output type")
     folder = asked if asked is not None and asked.is_dir() else Path()
     if asked is not None and folder is not asked:
         check_path(asked, kind)
         return asked
-    count = state.fields.get("num_videos_per_prompt" if kind == "videos" else "num_images_per_prompt", 1)
     suffix = ".png" if kind == "images" else ".mp4"
-    path = free_path(folder / f"{slug(str(state.fields.get('prompt') or ''))}-{state.fields['seed']}{suffix}", count)
+    path = free_path(folder / f"{slug(prompt)}-{seed}{suffix}", count)
     check_path(path, kind)
     return path
+
+
+def path_for(asked: Path | None, family: Family, state: State) -> Path:
+    """Return where the outputs of a request go, as `output_path` does.
+
+    Raises:
+        UsageError: the suffix, the folder or the output type does not suit.
+    """
+    from triptych.stages.graph import makes
+
+    kind = makes(family.recipe)
+    if kind is None:
+        raise UsageError(f"{type(family).__name__} makes neither images nor videos: save its result from Python")
+    if state.fields.get("output_type") == "latent":
+        raise UsageError("--param output_type: latents cannot be saved to a file; use another output type")
+    count = state.fields.get(f"num_{kind}_per_prompt", 1)
+    return output_path(
+        asked, kind, prompt=str(state.fields.get("prompt") or ""), seed=state.fields["seed"], count=count
+    )
 
 
 def slug(prompt: str) -> str:
@@ -92,7 +105,7 @@ def progress(console: Console) -> Iterator[OnStep]:
             shown.stop()
 
 
-def summary(console: Console, seconds: Mapping[str, float], result: Result) -> None:
+def summary(console: Console, seconds: Mapping[str, float], seed: int) -> None:
     """Print the seconds of each stage, and the seed."""
     from rich.table import Table
 
@@ -101,5 +114,5 @@ def summary(console: Console, seconds: Mapping[str, float], result: Result) -> N
     table.add_column(justify="right")
     for stage, each in seconds.items():
         table.add_row(stage, f"{each:.2f} s")
-    table.add_row("seed", str(result.seed))
+    table.add_row("seed", str(seed))
     console.print(table)

@@ -76,7 +76,10 @@ class Engine(ABC):
 
     @abstractmethod
     def close(self, timeout: float | None = None) -> None:
-        """Finish the requests that were taken on, for `timeout` seconds at most, and let go of everything."""
+        """Finish the requests that were taken on, for `timeout` seconds at most, and let go of everything.
+
+        What is not finished then is cancelled.
+        """
 
     def ready(self) -> bool:
         """Return whether every role has a replica."""
@@ -101,7 +104,13 @@ class Engine(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(None if kind is None else 0)
+
+    def _drain(self, timeout: float | None) -> None:
+        """Wait for the requests that are on their way, and cancel those that take too long."""
+        if not self.router.drained(timeout):
+            log.warning("closing: %d requests are cancelled", len(self.router))
+            self.router.cancel_all()
 
     def _watch(self) -> None:
         """Look after deadlines, in a thread of its own, until the engine is closed."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,6 +172,9 @@ class LocalEngine(Engine):
                 LanesReplica(name, model, threads=share, slots=slots, budget=budget, prompt_cache=prompt_cache)
             )
         self._watch()
+        # A thread that computes while the interpreter goes away would abort it.
+        goodbye = weakref.WeakMethod(self.close)
+        atexit.register(lambda: (close := goodbye()) and close(0))
         if warm_up:
             self.warm_up()
 
@@ -177,8 +182,7 @@ class LocalEngine(Engine):
         return Handover(state.next_role, state)
 
     def close(self, timeout: float | None = None) -> None:
-        if not self.router.drained(timeout):
-            log.warning("closing while requests are still running: they fail")
+        self._drain(timeout)
         self._closed.set()
         for replica in list(self.router.replicas):
             self.router.remove(replica, "the engine was closed")

@@ -226,8 +226,7 @@ class RayEngine(Engine):
         self._replicas[name].draining = True
 
     def close(self, timeout: float | None = None) -> None:
-        if not self.router.drained(timeout):
-            log.warning("closing while requests are still running: they fail")
+        self._drain(timeout)
         self._closed.set()
         self._happened.put(())
         for thread in self._threads:

@@ -128,6 +128,10 @@ class ReplicaActor:
         if (work := self._works.get(ticket)) is not None:
             work.cancel()
 
+    def busy(self) -> int:
+        """Return how many segments it has."""
+        return len(self._works)
+
     def beat(self) -> dict[str, Any]:
         """Show that it is alive, and how far its tickets are."""
         return {"progress": dict(self._progress), "replica": self._replica.describe()}

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import AuthenticationError, GetTimeoutError
+from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from triptych.engine.ray_actor import ReplicaActor, difference
@@ -32,6 +36,24 @@ def connect(address: str | None) -> bool:
         )
     if ray.is_initialized():
         return False
+    with _own_signals():
+        return _start(address)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep this process's way of leaving: Ray's handler ends it with an abort."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _start(address: str | None) -> bool:
     options: dict[str, Any] = {
         "namespace": NAMESPACE,
         "logging_level": logging.ERROR,
@@ -41,7 +63,9 @@ def connect(address: str | None) -> bool:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a replica without GPUs sees none
         try:
             ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **options)
-        except AuthenticationError as error:
+        except RuntimeError as error:
+            if "InvalidAuthToken" not in str(error):
+                raise
             raise UsageError("Ray was imported before triptych.engine: set RAY_AUTH_MODE=token before that") from error
         return True
     try:

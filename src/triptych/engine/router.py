@@ -94,6 +94,12 @@ class Router:
                         replica.cancel(ticket)
             self._end(job, error)
 
+    def cancel_all(self) -> None:
+        """Stop every job."""
+        with self._lock:
+            for job in list(self._jobs):
+                self.cancel(job)
+
     def check_deadlines(self) -> None:
         """End the jobs whose deadline has passed."""
         now = time.monotonic()
@@ -105,7 +111,7 @@ class Router:
         """Return the seconds after which there may be room again."""
         with self._lock:
             free = [replica for replica in self.replicas if not replica.draining]
-            return max(1.0, min((replica.backlog for replica in free), default=5.0))
+            return min(600.0, max(1.0, min((replica.backlog for replica in free), default=5.0)))
 
     def drained(self, timeout: float | None = None) -> bool:
         """Wait until no job is left; returns False where some still are after `timeout` seconds."""

@@ -109,10 +109,10 @@ class Denoising(Stage):
             budget: the elements of `Forward.size` that one forward may have; a single one may have more.
         """
         if exact:
-            return [self._forward(each) for each in inputs]
+            return [self.call(each) for each in inputs]
         predictions: dict[int, torch.Tensor] = {}
         for group in self.groups(inputs, budget):
-            joined = self._forward_joined([inputs[k] for k in group])
+            joined = self._call_joined([inputs[k] for k in group])
             predictions.update(zip(group, joined))
         return [predictions[k] for k in range(len(inputs))]
 
@@ -134,10 +134,11 @@ class Denoising(Stage):
         return (
             one.component == other.component
             and one.inputs.keys() == other.inputs.keys()
-            and all(self._fits(name, value, other.inputs[name]) for name, value in one.inputs.items())
+            and all(self.fits(name, value, other.inputs[name]) for name, value in one.inputs.items())
         )
 
-    def _fits(self, name: str, one: Any, other: Any) -> bool:
+    def fits(self, name: str, one: Any, other: Any) -> bool:
+        """Return whether two forwards' values of one input can be joined."""
         import torch
 
         if name in self.ragged:
@@ -162,26 +163,27 @@ class Denoising(Stage):
         """Return a scheduler of the model's own kind and configuration, for one request."""
         return type(self.scheduler).from_config(self.scheduler.config)
 
-    def _forward(self, forward: Forward) -> torch.Tensor:
+    def call(self, forward: Forward) -> torch.Tensor:
+        """Run one forward; returns the prediction, with a row for each output."""
         model = getattr(self, forward.component)
         caching = getattr(model, "cache_context", None)
         with caching(forward.branch, **forward.cache) if caching else nullcontext():
             prediction: torch.Tensor = model(**forward.inputs, return_dict=False)[0]
         return prediction
 
-    def _forward_joined(self, inputs: Sequence[Forward]) -> Sequence[torch.Tensor]:
+    def _call_joined(self, inputs: Sequence[Forward]) -> Sequence[torch.Tensor]:
         """Run forwards as rows of one."""
         import torch
 
         if len(inputs) == 1:
-            return [self._forward(inputs[0])]
+            return [self.call(inputs[0])]
         rows = [each.rows(self.shared) for each in inputs]
         inputs = self.align(inputs)
         first = inputs[0]
-        joined = {name: self._join(name, [each.inputs[name] for each in inputs]) for name in first.inputs}
-        return torch.split(self._forward(Forward(first.component, "joined", joined, first.cache)), rows)
+        joined = {name: self.join(name, [each.inputs[name] for each in inputs]) for name in first.inputs}
+        return torch.split(self.call(Forward(first.component, "joined", joined, first.cache)), rows)
 
-    def _join(self, name: str, values: list[Any]) -> Any:
+    def join(self, name: str, values: list[Any]) -> Any:
         """Join one input of several forwards: rows one after another, or the value they all share."""
         import torch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from itertools import groupby
+from typing import Literal
 
 from triptych.components.repository import Repository
 from triptych.errors import ModelError, RecipeError, did_you_mean
@@ -88,3 +89,11 @@ def live_after(recipe: Recipe, task: str, stage: str) -> set[str]:
     for _, later in reversed(active[position + 1 :]):
         live = (live - (set(later.writes) - set(later.reads))) | set(later.reads) | ALWAYS
     return live
+
+
+def makes(recipe: Recipe) -> Literal["images", "videos"] | None:
+    """Return what comes out of a recipe as files; None for what is neither images nor videos."""
+    written = {field for _, stage in recipe for field in stage.writes}
+    if "frames" in written:
+        return "videos"
+    return "images" if "images" in written else None

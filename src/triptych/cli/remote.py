@@ -1,0 +1,123 @@
+"""`triptych generate --server`: the request goes to a running service, its files come here."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from triptych.cli.arguments import Asked
+from triptych.cli.client import Client, ServiceError
+from triptych.cli.output import output_path, progress, summary
+from triptych.errors import UnknownParameterError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from rich.console import Console
+
+_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4", ".gif": "gif"}
+
+
+def check_remote(arguments: list[str], local: Mapping[str, object]) -> None:
+    """Check that nothing is asked of the model or of this machine, which a service has settled.
+
+    Raises:
+        UsageError: something is.
+    """
+    given = [option for option, value in local.items() if value is not None and value != []]
+    if given:
+        raise UsageError(f"--server: {given[0]} is the service's to choose, when it is started")
+    if len(arguments) > 1:
+        raise UsageError(
+            f"--server: only the prompt is accepted, the service has its model; found {arguments[0]!r} before it"
+        )
+
+
+def generate_remotely(url: str, asked: Asked, output: Path | None, console: Console) -> list[Path]:
+    """Have a service make what is asked for, and write it here; returns the files written.
+
+    A request whose result is not wanted any more (an error, Ctrl-C) is taken back.
+
+    Raises:
+        UsageError: a parameter or the output is not accepted.
+        ServiceError: the service cannot be reached, or fails.
+    """
+    began = time.perf_counter()
+    with Client(url) as client:
+        console.print(f"Asking {client.url}", markup=False, soft_wrap=True)
+        request = _submit(client, asked)
+        try:
+            prompt, count = str(asked.values["prompt"]), _count(asked.values)
+            path = output_path(output, request["makes"], prompt=prompt, seed=request["seed"], count=count)
+            _follow(client, request, console)
+            done = client.get(request["links"]["self"])
+            fetching = time.perf_counter()
+            written = _fetch(client, request, path, done["outputs"])
+        finally:
+            client.forget(request)
+    seconds = {**done["timings"], "fetching": time.perf_counter() - fetching, "in all": time.perf_counter() - began}
+    summary(console, seconds, done["seed"])
+    return written
+
+
+def _submit(client: Client, asked: Asked) -> dict[str, Any]:
+    def post(values: dict[str, Any]) -> dict[str, Any]:
+        return client.submit({name: _as_json(value) for name, value in values.items()})
+
+    with asked.naming_options():
+        try:
+            return post(asked.values)
+        except UnknownParameterError as error:
+            values = asked.values_for(error.known)
+            if values == asked.values:
+                raise
+        return post(values)
+
+
+def _follow(client: Client, request: dict[str, Any], console: Console) -> None:
+    """Show a request's steps until it has ended.
+
+    Raises:
+        ServiceError: it ended without a result.
+    """
+    with progress(console) as on_step:
+        for kind, details in client.events(request):
+            if kind == "step":
+                on_step(details["stage"], details["step"], details["steps"])
+            elif kind == "retried":
+                console.print(f"started anew: {details['reason']}", markup=False, soft_wrap=True)
+            elif kind in ("failed", "cancelled"):
+                raise ServiceError(f"the service gave the request up: {details.get('reason', kind)}")
+
+
+def _fetch(client: Client, request: dict[str, Any], path: Path, count: int) -> list[Path]:
+    from triptych.result import numbered, write_all
+
+    paths = numbered(path, count)
+    writers: list[Callable[[BinaryIO], None]] = [
+        partial(client.fetch, request, k, _FORMATS[path.suffix.lower()]) for k in range(count)
+    ]
+    write_all(paths, writers)
+    return paths
+
+
+def _count(values: Mapping[str, Any]) -> int:
+    counts = [values.get(name) for name in ("num_images_per_prompt", "num_videos_per_prompt")]
+    return next((count for count in counts if isinstance(count, int)), 1)
+
+
+def _as_json(value: Any) -> Any:
+    """Return a parameter's value as it travels: pictures as data URLs."""
+    if isinstance(value, list):
+        return [_as_json(each) for each in value]
+    return _data_url(value) if hasattr(value, "tobytes") else value
+
+
+def _data_url(image: Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -1,0 +1,254 @@
+"""`triptych serve`: a model behind HTTP."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from triptych.cli.console import human, logging_to, quieten_libraries, stderr_console
+from triptych.cli.errors import reported
+from triptych.cli.options import MODEL_HELP, Debug, Dtype, Revision, Tasks, Variant, by_role, dtype_spec
+from triptych.errors import UsageError
+from triptych.roles import WORKERS, RoleType
+
+if TYPE_CHECKING:
+    from triptych.engine.base import Engine
+
+_HTTP, _LOCAL, _RAY, _RUNNING = "HTTP", "In this process", "On Ray", "Running"  # headings of --help
+
+
+def serve(
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; 0.0.0.0 for all.", rich_help_panel=_HTTP)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="The port; 0 for one that is free.", min=0, max=65535, rich_help_panel=_HTTP)
+    ] = 8000,
+    drain: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help="How long running requests may take after Ctrl-C or SIGTERM.",
+            rich_help_panel=_HTTP,
+        ),
+    ] = 30.0,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="local|ray",
+            help="Everything in this process (the default), or processes and machines on Ray.",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICES",
+            help="Where prompts are encoded: cuda:1, or several: cuda:1,cuda:2.",
+            rich_help_panel=_LOCAL,
+        ),
+    ] = None,
+    denoiser: Annotated[
+        str | None, typer.Option(metavar="DEVICES", help="Where latents are denoised.", rich_help_panel=_LOCAL)
+    ] = None,
+    decoder: Annotated[
+        str | None, typer.Option(metavar="DEVICES", help="Where latents are decoded.", rich_help_panel=_LOCAL)
+    ] = None,
+    slots: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROLE=N,...", help="Requests that a replica takes at a time: denoiser=8.", rich_help_panel=_LOCAL
+        ),
+    ] = None,
+    pools: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROLE=N,...",
+            help="Replicas by role: encoder=1,denoiser=4,decoder=1; encoder+decoder=1,denoiser=1..3; monolithic=2.",
+            rich_help_panel=_RAY,
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="The cluster to join; a new one where left out.", rich_help_panel=_RAY),
+    ] = None,
+    disagg_role: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROLE",
+            help="Add one replica of encoder, denoiser or decoder to the cluster at --address; server: the router and "
+            "HTTP only.",
+            rich_help_panel=_RAY,
+        ),
+    ] = None,
+    threads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N | ROLE=N,...",
+            help="CPU threads: of each role's lane (denoiser=4,decoder=1), or on Ray of every process (2).",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = None,
+    policy: Annotated[
+        str,
+        typer.Option(
+            metavar="POLICY",
+            help="Who gets a request: predicted (seconds), round_robin, max_free_slots.",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = "predicted",
+    max_waiting: Annotated[
+        int,
+        typer.Option(
+            help="Requests on their way before further ones are answered 429.", min=1, rich_help_panel=_RUNNING
+        ),
+    ] = 256,
+    prompt_cache: Annotated[
+        bool,
+        typer.Option("--prompt-cache/--no-prompt-cache", help="Remember encoded prompts.", rich_help_panel=_RUNNING),
+    ] = True,
+    batching: Annotated[
+        bool,
+        typer.Option("--batching/--no-batching", help="Let requests share forwards.", rich_help_panel=_RUNNING),
+    ] = True,
+    warm_up: Annotated[
+        bool,
+        typer.Option(
+            "--warm-up/--no-warm-up", help="Run one small request before saying ready.", rich_help_panel=_RUNNING
+        ),
+    ] = True,
+    dtype: Dtype = None,
+    tasks: Tasks = None,
+    revision: Revision = None,
+    variant: Variant = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Tell what each role loaded; let the libraries speak.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a model over HTTP: POST /v1/requests, its events, its result. The URL is printed when it is ready.
+
+    Example:  [bold]triptych serve black-forest-labs/FLUX.2-klein-4B --encoder cuda:1 --denoiser cuda:0 --decoder cuda:1[/]
+
+    Ctrl-C or SIGTERM lets running requests finish; a second one stops at once.
+    """
+    with reported(debug), logging_to(stderr_console(), verbose=verbose):
+        devices = {"encoder": encoder, "denoiser": denoiser, "decoder": decoder}
+        on_ray = choose_engine(engine, devices, slots, pools, address, disagg_role)
+        role = None if disagg_role is None else RoleType(disagg_role)
+        if role is RoleType.MONOLITHIC:
+            raise UsageError("--disagg-role monolithic: a whole model is a pool of its own: --pools monolithic=1")
+        if role in WORKERS and address is None:
+            raise UsageError(f"--disagg-role {role}: name the cluster to join by --address HOST:PORT")
+        if role is not None and pools is not None:
+            raise UsageError("--disagg-role: --pools belongs to the command that starts the cluster")
+        options: dict[str, Any] = {
+            "dtype": dtype_spec(dtype),
+            "tasks": tasks or None,
+            "revision": revision,
+            "variant": variant,
+            "batching": batching,
+            **({} if prompt_cache else {"prompt_cache": 0}),
+        }
+        routing: dict[str, Any] = {"policy": policy, "max_waiting": max_waiting, "warm_up": warm_up}
+        if (count := threads_of(threads, on_ray=on_ray)) is not None:
+            options["threads"] = count
+        shares = by_role("--slots", slots)
+
+        from triptych import embedded  # heavy from here on: everything above is checked first
+
+        source = str(embedded.path()) if model is None else model
+        if not verbose:
+            quieten_libraries(downloads=True)
+        if on_ray and importlib.util.find_spec("ray") is None:
+            raise UsageError('Ray is not installed; to get it: pip install "triptych[ray]"')
+        if role in WORKERS:
+            from triptych.engine.ray_join import join
+
+            assert role is not None and address is not None
+            join(source, role, address, **options, on_ready=lambda told: _announce([told], address))
+            return
+
+        def build() -> Engine:
+            if on_ray:
+                from triptych.engine.ray import RayEngine
+
+                chosen: dict[str, Any] = {} if pools is None and role is None else {"pools": pools}
+                return RayEngine(source, address=address, **chosen, **options, **routing)
+            from triptych.engine.local import LocalEngine
+
+            where: dict[str, Any] = {name: device for name, device in devices.items() if device is not None}
+            return LocalEngine(source, **where, slots=shares, **options, **routing)
+
+        _serve(build, host, port, drain)
+
+
+def _serve(build: Callable[[], Engine], host: str, port: int, patience: float) -> None:
+    from triptych.server.serve import serve as serve_over_http
+
+    def announce(engine: Engine, url: str) -> None:
+        told = engine.snapshot()
+        _announce(told["replicas"], url, str(told["model"]).rstrip("/").rpartition("/")[2])
+
+    serve_over_http(build, announce, host=host, port=port, patience=patience)
+
+
+def _announce(replicas: list[dict[str, Any]], where: str, model: str | None = None) -> None:
+    """Print the one line that says that requests can come."""
+    names = ", ".join(str(each.get("name")) for each in replicas) or "no replica yet"
+    loaded = human(sum(each.get("loaded_bytes") or 0 for each in replicas))
+    serves = "Triptych has joined the service at" if model is None else f"Triptych serves {model} on"
+    print(f"{serves} {where} ({names}; {loaded} loaded)", flush=True)
+
+
+def choose_engine(
+    engine: str | None,
+    devices: dict[str, str | None],
+    slots: str | None,
+    pools: str | None,
+    address: str | None,
+    disagg_role: str | None,
+) -> bool:
+    """Return whether the options ask for Ray.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    if engine not in (None, "local", "ray"):
+        raise UsageError(f"--engine {engine!r}: local or ray is accepted")
+    of_ray = {"--pools": pools, "--address": address, "--disagg-role": disagg_role}
+    of_local = {**{f"--{role}": device for role, device in devices.items()}, "--slots": slots}
+    ray = next((option for option, value in of_ray.items() if value is not None), None)
+    local = next((option for option, value in of_local.items() if value is not None), None)
+    if engine == "local" and ray:
+        raise UsageError(
+            f"{ray} needs Ray, and --engine local was asked for; on this process roles get devices: --denoiser cuda:0"
+        )
+    if (engine == "ray" or ray) and local:
+        asked = "--engine ray" if engine == "ray" else ray
+        raise UsageError(
+            f"{local} is for --engine local, and {asked} asks for Ray, which places replicas itself: use --pools"
+        )
+    return engine == "ray" or ray is not None
+
+
+def threads_of(text: str | None, *, on_ray: bool) -> int | dict[RoleType, int] | None:
+    """Return what `--threads` asks for: a number for every process on Ray, one for each role's lane in this process.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text is None:
+        return None
+    if text.strip().isdecimal() and int(text) > 0:
+        return int(text) if on_ray else dict.fromkeys(WORKERS, int(text))
+    if on_ray:
+        raise UsageError(
+            f"--threads {text!r}: on Ray, one number of at least 1 is accepted: the threads of every process"
+        )
+    return by_role("--threads", text)

@@ -1,0 +1,113 @@
+"""Adding one replica from this machine to a service that runs, for as long as this process lives."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from triptych.engine.local import PROMPT_CACHE
+from triptych.engine.ray_cluster import connect, find_register, start_replica
+from triptych.errors import ModelError, ReplicaRefusedError
+from triptych.roles import RoleType
+
+if TYPE_CHECKING:
+    from triptych.components.dtypes import DtypeSpec
+
+log = logging.getLogger(__name__)
+
+LOOK = 0.5
+"""Seconds between two looks at whether the replica has been drained."""
+DRAIN = 60.0
+"""Seconds that a replica gets to finish what it has."""
+
+
+def join(
+    source: str | Path,
+    role: RoleType | str,
+    address: str,
+    *,
+    dtype: DtypeSpec = "auto",
+    tasks: str | Iterable[str] | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    threads: int | None = None,
+    gpus: float | None = None,
+    prompt_cache: int = PROMPT_CACHE,
+    batching: bool = True,
+    on_ready: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Run one replica of a role on this machine, in the service at `address`, until interrupted or drained.
+
+    On KeyboardInterrupt or SystemExit it is given nothing more, finishes what it has, and goes.
+
+    Args:
+        on_ready: told what the replica says of itself once routers may use it.
+
+    Raises:
+        UsageError: there is no cluster or no service at that address.
+        ReplicaRefusedError: the service runs another version or another model; the message says which.
+        ModelError: the replica could not load.
+    """
+    connect(address)
+    register = find_register()
+    options = {"dtype": dtype, "tasks": tasks, "revision": revision, "variant": variant}
+    role = RoleType(role)
+    name = f"{role.value}-{secrets.token_hex(3)}"
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    actor = start_replica(
+        name,
+        str(source),
+        role.value,
+        options,
+        threads=threads or max(1, (os.cpu_count() or 1) // 2),
+        gpus=gpus if gpus is not None else float(bool(resources.get("GPU"))),
+        here=True,
+        expected=ray.get(register.identity.remote()),
+        budget=None if batching else 0,
+        prompt_cache=prompt_cache,
+    )
+    try:
+        told = ray.get(actor.describe.remote())
+    except RayActorError as error:
+        if ReplicaRefusedError.__name__ in str(error):
+            raise ReplicaRefusedError(str(error).rstrip().rpartition("\n")[2].partition(": ")[2]) from None
+        raise ModelError(f"the replica could not start: {error}") from error
+    ray.get(register.add.remote(name, role.value))
+    if on_ready is not None:
+        on_ready(told)
+    try:
+        _stay(register, actor, name)
+    finally:
+        _leave(register, actor, name)
+
+
+def _stay(register: Any, actor: Any, name: str) -> None:
+    """Wait until somebody drains the replica, or the service is gone."""
+    while True:
+        time.sleep(LOOK)
+        member = ray.get(register.members.remote()).get(name)
+        if member is None or member["draining"]:
+            return
+
+
+def _leave(register: Any, actor: Any, name: str) -> None:
+    """Finish what the replica has, strike it out of the service and end it."""
+    try:
+        ray.get(register.drain.remote(name))
+        time.sleep(2 * LOOK)  # until every router knows
+        deadline = time.monotonic() + DRAIN
+        while ray.get(actor.busy.remote(), timeout=DRAIN) and time.monotonic() < deadline:
+            time.sleep(LOOK / 5)
+    except (RayActorError, GetTimeoutError) as error:
+        log.warning("%s could not be drained: %s", name, error)
+    finally:
+        register.remove.remote(name)
+        ray.kill(actor)

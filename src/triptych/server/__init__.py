@@ -1,0 +1,1 @@
+"""The HTTP front: requests, their events and their results, over any engine."""

@@ -1,0 +1,202 @@
+"""The HTTP interface: paths, what they take and what they answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import FastAPI, Header, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+import triptych
+from triptych.errors import ParameterError, TriptychError
+from triptych.server import formats, sse
+from triptych.server.problems import Problem, Refusal, problem_of
+from triptych.server.records import Record
+from triptych.server.schema import ErrorBody, RequestStatus, error_body, status_of
+from triptych.server.service import Service
+from triptych.server.submission import Submission
+
+log = logging.getLogger(__name__)
+
+_TRIM = 5.0
+"""Seconds between two looks for records that are too old."""
+_RENDERERS = 4
+"""Results that are turned into files at a time."""
+
+_SUBMISSION = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": Submission.model_json_schema()}}}
+}
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorBody} for status in statuses}
+
+
+def create_app(service: Service) -> FastAPI:
+    """Return the application that serves a service."""
+    records, limits = service.records, service.limits
+    renderers = CapacityLimiter(_RENDERERS)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async def trim() -> None:
+            while True:
+                await asyncio.sleep(_TRIM)
+                records.trim()
+
+        task = asyncio.create_task(trim())
+        yield
+        task.cancel()
+
+    app = FastAPI(
+        title="Triptych",
+        version=triptych.__version__,
+        lifespan=lifespan,
+        docs_url=None,  # they load scripts from other hosts
+        redoc_url=None,
+    )
+    _answer_errors(app)
+
+    @app.post("/v1/requests", status_code=202, responses=_errors(400, 413, 429, 503), openapi_extra=_SUBMISSION)
+    async def submit(request: Request, response: Response) -> RequestStatus:
+        """Take a request on, and answer at once."""
+        service.open_engine()  # before the body is read
+        record = await service.submit(await _body(request, limits.body))
+        status = status_of(record, records.position(record))
+        response.headers["Location"] = status.links.self
+        return status
+
+    @app.get("/v1/requests/{name}", responses=_errors(404))
+    async def status(name: str) -> RequestStatus:
+        """Tell how a request stands."""
+        record = records.get(name)
+        return status_of(record, records.position(record))
+
+    @app.get("/v1/requests/{name}/events", response_class=StreamingResponse, responses=_errors(404))
+    async def events(name: str, last_event_id: str | None = Header(None)) -> Response:
+        """Tell what happens to a request, as it happens, from after `Last-Event-ID` on."""
+        record, start = records.get(name), sse.first_unseen(last_event_id)
+        if record.ended is not None and start >= len(record.events):
+            return Response(status_code=204)  # a browser then stops asking
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        stream = sse.stream(record, start, limits.keep_alive)
+        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+
+    @app.get("/v1/requests/{name}/result", response_class=FileResponse, responses=_errors(400, 404, 406, 409, 410))
+    async def result(
+        name: str, index: int = Query(0), format: str | None = Query(None), accept: str | None = Header(None)
+    ) -> Response:
+        """Hand one output over, in the format of `format`, or of `Accept`."""
+        record = records.get(name)
+        _check_done(record)
+        if not 0 <= index < record.outputs:
+            raise ParameterError("index", index, f"there are {record.outputs} results, from 0 on")
+        wanted = formats.accepted(record.makes, accept) if format is None else formats.named(record.makes, format)
+        record.fetched = True
+        work = (record.id, index, record.outputs, wanted.suffix)
+        try:
+            path = await to_thread.run_sync(records.spool.file, *work, limiter=renderers)
+        except FileNotFoundError:
+            raise Refusal(404, "not_found", f"the result of {name} is no longer kept") from None
+        records.trim()
+        filename = f"{record.id}-{index}{wanted.suffix}"
+        headers = {"Vary": "Accept"}
+        return FileResponse(
+            path, media_type=wanted.media_type, headers=headers, filename=filename, content_disposition_type="inline"
+        )
+
+    @app.post("/v1/requests/{name}/cancel", responses=_errors(404))
+    async def cancel(name: str) -> RequestStatus:
+        """Stop a request before its next step; one that has ended stays as it is."""
+        record = records.get(name)
+        await service.cancel(record)
+        return status_of(record, records.position(record))
+
+    @app.delete("/v1/requests/{name}", status_code=204, responses=_errors(404))
+    async def delete(name: str) -> None:
+        """Stop a request, and forget it and its result."""
+        record = records.get(name)
+        await service.cancel(record)
+        records.remove(record)
+
+    @app.get("/v1/status")
+    def snapshot() -> dict[str, Any]:
+        """Tell how things stand: replicas, queues, bytes."""
+        return service.snapshot()
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Answer as long as the process is alive."""
+        return {"status": "alive"}
+
+    @app.get("/ready", responses=_errors(503))
+    def ready() -> dict[str, str]:
+        """Answer 200 when requests can be served."""
+        if (reason := service.why_not_ready()) is not None:
+            raise Refusal(503, "not_ready", reason)
+        return {"status": "ready"}
+
+    return app
+
+
+def _check_done(record: Record) -> None:
+    if record.ended is None:
+        raise Refusal(409, "not_done", f"{record.id} is {record.status}: there is no result yet")
+    if record.status != "done":
+        problem = record.error or Problem(410, record.status, f"{record.id} was {record.status}")
+        raise Refusal(410, problem.type, f"there is no result: {problem.message}")
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """Return a request's body.
+
+    Raises:
+        Refusal: it is longer than `most` bytes.
+    """
+    too_large = Refusal(413, "too_large", f"a request of at most {most} bytes is accepted")
+    announced = request.headers.get("content-length", "0")
+    if announced.isdigit() and int(announced) > most:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > most:
+            raise too_large
+    return bytes(body)
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Give every error the one form that errors have."""
+
+    def respond(problem: Problem) -> JSONResponse:
+        return JSONResponse(error_body(problem), problem.status, headers=dict(problem.headers))
+
+    async def expected(_: Request, error: Exception) -> JSONResponse:
+        problem = problem_of(error)
+        if problem.status >= 500 and not isinstance(error, Refusal):
+            log.error("a request to the server failed", exc_info=error)
+        return respond(problem)
+
+    async def from_framework(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        words = {404: "not_found", 405: "method_not_allowed"}
+        kind = words.get(error.status_code, "bad_request" if error.status_code < 500 else "internal")
+        return respond(Problem(error.status_code, kind, str(error.detail), headers=error.headers or {}))
+
+    async def bad_query(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        return respond(problem_of(ParameterError(str(first["loc"][-1]), first.get("input"), first["msg"])))
+
+    app.add_exception_handler(Refusal, expected)
+    app.add_exception_handler(TriptychError, expected)
+    app.add_exception_handler(Exception, expected)
+    app.add_exception_handler(HTTPException, from_framework)
+    app.add_exception_handler(RequestValidationError, bad_query)

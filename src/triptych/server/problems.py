@@ -1,0 +1,105 @@
+"""Problems: the one form in which every error leaves the server."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from triptych.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    OverloadedError,
+    ParameterError,
+    RequestLostError,
+    TriptychError,
+    UnknownParameterError,
+    UsageError,
+)
+
+_LONGEST = 200
+"""Characters of a refused value that are sent back."""
+_LONGEST_WAIT = 600.0
+"""Seconds."""
+
+_STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
+    (UnknownParameterError, 400, "unknown_parameter"),
+    (ParameterError, 400, "bad_parameter"),
+    (UsageError, 400, "bad_request"),
+    (OverloadedError, 429, "overloaded"),
+    (DeadlineExceeded, 504, "deadline_exceeded"),
+    (Cancelled, 410, "cancelled"),
+    (RequestLostError, 500, "lost"),
+    (TriptychError, 500, "internal"),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An error as a caller sees it: `{"error": {"type": ..., "message": ..., ...}}`.
+
+    Attributes:
+        status: of the HTTP response.
+        type: a word for programs.
+        message: a line for people.
+        details: the error's own fields: `field`, `value`, `accepted`, `close_match`, ...
+        headers: of the HTTP response.
+    """
+
+    status: int
+    type: str
+    message: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {"type": self.type, "message": self.message, **self.details}
+
+
+class Refusal(Exception):
+    """Raised where a handler answers with a problem that only HTTP knows."""
+
+    def __init__(self, status: int, type: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.problem = Problem(status, type, message, headers=headers or {})
+
+
+def problem_of(error: Exception) -> Problem:
+    """Return the problem that an error is to a caller."""
+    if isinstance(error, Refusal):
+        return error.problem
+    status, kind = next(((s, k) for cls, s, k in _STATUSES if isinstance(error, cls)), (500, "internal"))
+    message = str(error) if isinstance(error, TriptychError) else f"unexpected {type(error).__name__}: {error}"
+    headers = {}
+    if isinstance(error, OverloadedError):
+        headers["Retry-After"] = str(math.ceil(_wait(error)))
+    return Problem(status, kind, message, _details(error), headers)
+
+
+def _details(error: Exception) -> dict[str, Any]:
+    if isinstance(error, UnknownParameterError):
+        close = get_close_matches(error.field, error.known, n=1)
+        return {"field": error.field, "accepted": error.known, "close_match": close[0] if close else None}
+    if isinstance(error, ParameterError):
+        return {"field": error.field, "value": _plain(error.value), "accepted": error.accepted}
+    if isinstance(error, OverloadedError):
+        return {"waiting": error.waiting, "retry_after": _wait(error)}
+    if isinstance(error, RequestLostError):
+        return {"reasons": error.reasons}
+    return {}
+
+
+def _wait(error: OverloadedError) -> float:
+    """Return the seconds that a caller is told to wait: a prediction may be anything."""
+    return min(error.retry_after, _LONGEST_WAIT)
+
+
+def _plain(value: object) -> object:
+    """Return a refused value as it may be sent back: itself where it is short and plain, else its beginning as text."""
+    if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -1,0 +1,198 @@
+"""Records: what the server remembers of its requests, while they run and for some time after."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from anyio import to_thread
+
+from triptych.engine.job import ENDED, Event, Job, Status
+from triptych.server.limits import Limits
+from triptych.server.problems import Problem, Refusal, problem_of
+from triptych.server.spool import Spool
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Record:
+    """One request as its caller sees it. It lags behind its job: it is done once its result is on disk.
+
+    Attributes:
+        job: None once the request has ended.
+        seed: drawn or given.
+        makes: `images` or `videos`.
+        events: what happened so far.
+        status: as of the last event.
+        outputs: how many results there are to fetch.
+        timings: seconds of each stage, when it is done.
+        error: why there is no result.
+        lost: why each lost attempt was lost.
+        ended: when that was, on `time.monotonic`'s clock.
+        fetched: whether a result was asked for.
+    """
+
+    id: str
+    job: Job | None
+    seed: int
+    makes: str
+    created: float
+    events: list[Event] = field(default_factory=list)
+    status: Status = "queued"
+    outputs: int = 0
+    timings: dict[str, float] = field(default_factory=dict)
+    error: Problem | None = None
+    lost: list[str] = field(default_factory=list)
+    ended: float | None = None
+    fetched: bool = False
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def last(self, kind: str) -> dict[str, Any]:
+        """Return the details of the newest event of a kind, or nothing."""
+        return next((event.details for event in reversed(self.events) if event.kind == kind), {})
+
+    async def follow(self, start: int, patience: float) -> AsyncIterator[Event | None]:
+        """Yield the events from number `start` on, as they come, to the last; None after `patience` silent seconds."""
+        while True:
+            changed = self._changed
+            while start < len(self.events):
+                start += 1
+                yield self.events[start - 1]
+            if self.ended is not None:
+                return
+            try:
+                await asyncio.wait_for(changed.wait(), patience)
+            except TimeoutError:
+                yield None
+
+    def publish(self, event: Event) -> None:
+        """Add an event, and wake whoever follows."""
+        self.events.append(event)
+        if event.kind == "started":
+            self.status = "running"
+        elif event.kind in ENDED:
+            self.status = event.kind  # type: ignore[assignment]
+            self.lost = [] if self.job is None else list(self.job.lost)
+            self.ended, self.job = time.monotonic(), None
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class Records:
+    """The requests of a server by their ids. Only `listen` may be used outside the event loop's thread."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.spool = Spool(limits.kept_bytes)
+        self._records: dict[str, Record] = {}  # in the order of arrival
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def get(self, name: str) -> Record:
+        """Return a record.
+
+        Raises:
+            Refusal: there is none (any more).
+        """
+        try:
+            return self._records[name]
+        except KeyError:
+            kept = f"finished ones are kept for {self.limits.kept_seconds:g} s at most"
+            raise Refusal(404, "not_found", f"there is no request {name!r}; {kept}") from None
+
+    def add(self, record: Record) -> None:
+        """Remember a record."""
+        self._records[record.id] = record
+
+    def listen(self, record: Record, job: Job, loop: asyncio.AbstractEventLoop) -> None:
+        """Have a record follow its job."""
+
+        def hear(event: Event) -> None:
+            try:
+                loop.call_soon_threadsafe(self._receive, record, event)
+            except RuntimeError:
+                pass  # the loop is closed: the server has gone before the request ended
+
+        job.listen(hear)
+
+    def position(self, record: Record) -> int:
+        """Return how many requests came before this one and have not been started either."""
+        count = 0
+        for other in self._records.values():
+            if other is record:
+                break
+            count += other.status == "queued"
+        return count
+
+    def remove(self, record: Record) -> None:
+        """Forget a record and its result."""
+        if self._records.pop(record.id, None) is not None and record.outputs:
+            self._drop(record)
+
+    def trim(self) -> None:
+        """Forget the finished requests that are too old or too many, and the results that are too large, oldest first."""
+        ended = sorted(
+            (record for record in self._records.values() if record.ended is not None),
+            key=lambda each: each.ended or 0.0,
+        )
+        oldest = time.monotonic() - self.limits.kept_seconds
+        surplus = len(ended) - self.limits.kept
+        for k, record in enumerate(ended):
+            too_large = record.outputs > 0 and self.spool.nbytes > self.limits.kept_bytes
+            if k < surplus or (record.ended or 0.0) < oldest or too_large:
+                self.remove(record)
+
+    def unfinished(self) -> list[Record]:
+        """Return the records whose requests have not ended; in any thread."""
+        return [record for record in list(self._records.values()) if record.ended is None]
+
+    def unsettled(self) -> bool:
+        """Return whether a request has not ended, or has, a moment ago, and nobody has fetched its result yet."""
+        recent = time.monotonic() - self.limits.linger
+        return any(
+            record.ended is None or (record.status == "done" and not record.fetched and record.ended > recent)
+            for record in list(self._records.values())
+        )
+
+    # What follows runs in the event loop's thread.
+
+    def _receive(self, record: Record, event: Event) -> None:
+        job = record.job
+        if event.kind == "done" and job is not None:
+            self._start(self._keep(record, job, event))
+            return
+        if event.kind in ("failed", "cancelled") and job is not None and job.error is not None:
+            record.error = problem_of(job.error)
+        record.publish(event)
+
+    async def _keep(self, record: Record, job: Job, event: Event) -> None:
+        """Bring a result to the disk, then let its caller know."""
+        try:
+            result = job.result()
+            await to_thread.run_sync(self.spool.put, record.id, result)
+        except Exception as error:  # whatever it is, the caller has to be told
+            log.error("%s: its result cannot be kept", record.id, exc_info=error)
+            record.error = problem_of(error)
+            record.publish(replace(event, kind="failed", details={"reason": record.error.message}))
+            return
+        record.outputs, record.timings = result.count, result.timings
+        record.publish(replace(event, details={**event.details, "outputs": result.count}))
+        if record.id not in self._records:  # it was removed in the meantime
+            self._drop(record)
+        self.trim()
+
+    def _drop(self, record: Record) -> None:
+        self.spool.release(record.id)
+        self._start(to_thread.run_sync(self.spool.erase, record.id))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

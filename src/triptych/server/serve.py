@@ -1,0 +1,96 @@
+"""Serving from start to stop: the front first, the engine behind it, and an end that loses nothing it can help."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from triptych.engine.base import Engine
+from triptych.errors import TriptychError
+from triptych.server.app import create_app
+from triptych.server.front import Front
+from triptych.server.limits import Limits
+from triptych.server.service import Service
+
+log = logging.getLogger(__name__)
+
+
+class Stop:
+    """What the signals to stop have said so far: once is a wish, twice an order."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked += 1
+
+
+def serve(
+    build: Callable[[], Engine],
+    announce: Callable[[Engine, str], None],
+    *,
+    host: str,
+    port: int,
+    limits: Limits | None = None,
+    patience: float = 30.0,
+) -> None:
+    """Serve until SIGINT or SIGTERM, which lets running requests finish; a second one does not. For the main thread.
+
+    Args:
+        build: makes the engine; until it returns, the server is alive and not ready.
+        announce: told of the engine and the URL once it is ready.
+        patience: seconds that running requests are given at the end.
+
+    Raises:
+        TriptychError: the engine cannot be made, or the address is taken.
+    """
+    service = Service(limits)
+    try:
+        with Front(create_app(service), host, port) as front:
+            engine = build()
+            try:
+                service.engine = engine
+                with _signals() as stop:
+                    announce(engine, front.url)
+                    while not stop.asked and front.alive:
+                        time.sleep(0.1)
+                    if not front.alive:
+                        raise TriptychError("the HTTP server ended by itself")
+                    drain(service, patience, stop)
+            finally:
+                service.draining = True
+                if cancelled := service.cancel_all():
+                    log.warning("%d requests had not finished: they are cancelled", cancelled)
+                engine.close(timeout=0)
+    finally:
+        service.records.spool.close()
+
+
+def drain(service: Service, patience: float, stop: Stop) -> None:
+    """Take nothing new on, and wait until running requests have ended and their results are fetched."""
+    service.draining = True
+    if waiting := len(service.records.unfinished()):
+        log.warning("finishing %d requests, for %g s at most; a second signal stops at once", waiting, patience)
+    end = time.monotonic() + patience
+    while stop.asked < 2 and time.monotonic() < end and service.records.unsettled():
+        time.sleep(0.05)
+
+
+@contextmanager
+def _signals() -> Iterator[Stop]:
+    """Let SIGINT and SIGTERM ask for a stop instead of raising."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,147 @@
+"""Submissions: the JSON of a request, checked and turned into what an engine takes."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from triptych.errors import ParameterError, UsageError
+from triptych.request import Request, draw_seed
+from triptych.server.limits import Limits
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""Of pictures that are read."""
+
+_PICTURE = re.compile(r"(^|_)image$")
+_TENSOR = re.compile(r"(^video|latents|embeds|mask|token_ids|token_image_ids|grid_thw)(_\d+)?$")
+_LARGEST = 2**64  # beyond it no parameter has a meaning, and floats end somewhere
+_DATA_URL = re.compile(r"data:[^,]*;base64,")
+
+
+class Submission(BaseModel):
+    """What is posted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    parameters: dict[str, JsonValue] = Field(
+        description="The request's parameters by name, as `triptych families NAME` lists them. Pictures are data URLs "
+        "or base64. `exact` is false unless given."
+    )
+    deadline: float | None = Field(None, description="Seconds from now after which the request is given up.")
+
+
+def parse(body: bytes, limits: Limits) -> Submission:
+    """Return what a request's body says.
+
+    Raises:
+        UsageError: it is no JSON, or not of the form.
+    """
+    try:
+        submission = Submission.model_validate_json(body)
+    except ValidationError as error:
+        raise _explained(error) from None
+    deadline = submission.deadline
+    if deadline is not None and not 0 < deadline <= limits.deadline:
+        raise ParameterError("deadline", deadline, f"more than 0 and at most {limits.deadline:g} seconds are accepted")
+    return submission
+
+
+def request_of(submission: Submission, limits: Limits) -> Request:
+    """Return the request that a submission asks for, with its pictures opened and its seed settled.
+
+    Raises:
+        ParameterError: a value is not of a kind that HTTP carries.
+    """
+    values: dict[str, Any] = {}
+    pictures = _Pictures(limits)
+    for name, value in submission.parameters.items():
+        if value is not None and _PICTURE.search(name):
+            values[name] = (
+                [pictures.open(name, each) for each in value] if isinstance(value, list) else pictures.open(name, value)
+            )
+        elif value is not None and _TENSOR.search(name):
+            raise ParameterError(name, value, "tensors and videos cannot be sent over HTTP")
+        else:
+            _check_plain(name, value, depth=3)
+            values[name] = value
+    if values.get("output_type") == "latent":
+        raise ParameterError("output_type", "latent", "one of pil, np, pt is accepted: latents are no file")
+    if values.get("exact") is None:
+        values["exact"] = False
+    if values.get("seed") is None:
+        values["seed"] = draw_seed()
+    return Request(**values)
+
+
+class _Pictures:
+    """Opens the pictures of one request, and counts what they take."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.count = 0
+        self.pixels = 0
+
+    def open(self, name: str, value: JsonValue) -> Image:
+        """Return a picture, upright and RGB, as diffusers' `load_image` would."""
+        from PIL import Image, ImageOps
+
+        accepted = "a picture as a data URL or in base64 is accepted"
+        if not isinstance(value, str):
+            raise ParameterError(name, value, accepted)
+        self.count += 1
+        if self.count > self.limits.images:
+            raise ParameterError(name, f"{self.count} pictures", f"at most {self.limits.images} pictures are accepted")
+        told = f"{value[:40]}..." if len(value) > 40 else value
+        if value.startswith(("http://", "https://")):
+            raise ParameterError(name, told, f"{accepted}; addresses are not fetched")
+        start = _DATA_URL.match(value)
+        try:
+            data = base64.b64decode(value[start.end() if start else 0 :], validate=True)
+        except (binascii.Error, ValueError):
+            raise ParameterError(name, told, accepted) from None
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+                self.pixels += opened.width * opened.height
+                if self.pixels > self.limits.pixels:
+                    size = f"{opened.width}x{opened.height}"
+                    raise ParameterError(name, size, f"at most {self.limits.pixels} pixels in all are accepted")
+                return ImageOps.exif_transpose(opened).convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            if isinstance(error, ParameterError):
+                raise
+            raise ParameterError(name, told, f"this picture cannot be read: one of {', '.join(FORMATS)}") from None
+
+
+def _check_plain(name: str, value: JsonValue, depth: int) -> None:
+    if isinstance(value, list) and depth:
+        for each in value:
+            _check_plain(name, each, depth - 1)
+    elif isinstance(value, (dict, list)) or (isinstance(value, (int, float)) and not abs(value) < _LARGEST):
+        raise ParameterError(name, value, "a text, a number, true, false, null or a list of them is accepted")
+
+
+def _explained(error: ValidationError) -> UsageError:
+    """Return pydantic's first complaint as one of ours."""
+    errors = error.errors(include_url=False, include_context=False)
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+    name = ".".join(str(part) for part in first["loc"])
+    if not name:
+        return UsageError(
+            f'the body is not what is accepted, as in {{"parameters": {{"prompt": ...}}}}: {first["msg"]}'
+        )
+    if first["type"] == "extra_forbidden":
+        close = get_close_matches(name, Submission.model_fields, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "a request's parameters go under 'parameters'"
+        return ParameterError(name, first["input"], f"the body has only 'parameters' and 'deadline'; {hint}")
+    if first["type"] == "missing":
+        return ParameterError(name, None, "it is missing: an object of parameters is accepted")
+    return ParameterError(name, first["input"], first["msg"])

@@ -1,0 +1,134 @@
+"""`triptych serve`: which engine the options ask for, and what they may not ask for together."""
+
+import socket
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from triptych.cli import run, serve
+from triptych.roles import RoleType
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the libraries' logging as it is."""
+    monkeypatch.setattr(serve, "quieten_libraries", lambda **_: None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "abacus"], "--engine 'abacus': local or ray is accepted"),
+        (["--engine", "local", "--pools", "denoiser=2"], "--pools needs Ray, and --engine local was asked for"),
+        (["--engine", "local", "--address", "here:1"], "--address needs Ray"),
+        (["--engine", "local", "--disagg-role", "server"], "--disagg-role needs Ray"),
+        (
+            ["--engine", "ray", "--denoiser", "cuda:0"],
+            "--denoiser is for --engine local, and --engine ray asks for Ray",
+        ),
+        (["--pools", "denoiser=2", "--encoder", "cpu"], "--encoder is for --engine local, and --pools asks for Ray"),
+        (["--pools", "denoiser=2", "--slots", "denoiser=2"], "--slots is for --engine local"),
+        (["--disagg-role", "denoisr", "--address", "here:1"], "unknown role 'denoisr'; did you mean 'denoiser'?"),
+        (["--disagg-role", "denoiser"], "name the cluster to join by --address"),
+        (["--disagg-role", "monolithic", "--address", "here:1"], "--pools monolithic=1"),
+        (
+            ["--disagg-role", "server", "--pools", "denoiser=1"],
+            "--pools belongs to the command that starts the cluster",
+        ),
+        (["--threads", "many"], "--threads"),
+        (["--threads", "encoder=0"], "role=number is accepted"),
+        (["--threads", "encoder=1", "--engine", "ray"], "one number of at least 1 is accepted"),
+        (["--slots", "denoiser=1,denoiser=2"], "'denoiser' is given twice"),
+        (["--slots", "server=2"], "--slots 'server=2': role=number is accepted"),
+        (["--dtype", "vae=float32,vae=float16"], "'vae' is given twice"),
+        (["--port", "70000"], "--port"),
+        (["--max-waiting", "0"], "--max-waiting"),
+        (["--policy", "random"], "policy='random': one of predicted, round_robin, max_free_slots is accepted"),
+        (["--denoiser", "abacus"], "device='abacus'"),
+        (["--host", "256.0.0.1"], "cannot listen on 256.0.0.1"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    port = [] if "--port" in options else ["--port", "0"]
+    assert run(["serve", *port, *options]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert captured.out == ""
+
+
+def test_a_model_that_is_missing_is_exit_code_3(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run(["serve", "--port", "0", str(tmp_path / "empty")]) == 3
+    assert "model_index.json" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run(["serve", "--port", str(port)]) == 2
+        assert f"cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """What each engine was asked for, instead of being made."""
+    asked: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def stand_in(name: str) -> Any:
+        return lambda *args, **options: asked.append((name, args, options))
+
+    monkeypatch.setattr(serve, "_serve", lambda build, *_: build())
+    monkeypatch.setattr("triptych.engine.local.LocalEngine", stand_in("local"))
+    monkeypatch.setitem(sys.modules, "triptych.engine.ray", SimpleNamespace(RayEngine=stand_in("ray")))
+    monkeypatch.setitem(sys.modules, "triptych.engine.ray_join", SimpleNamespace(join=stand_in("join")))
+    return asked
+
+
+PLAIN = {"dtype": "auto", "tasks": None, "revision": None, "variant": None, "batching": True}
+ROUTING = {"policy": "predicted", "max_waiting": 256, "warm_up": True}
+
+
+def test_without_options_everything_is_in_this_process(engines: Any) -> None:
+    assert run(["serve", "model"]) == 0
+    assert engines == [("local", ("model",), {**PLAIN, **ROUTING, "slots": None})]
+
+
+def test_devices_threads_and_switches_reach_the_local_engine(engines: Any) -> None:
+    options = ["--encoder", "cpu", "--denoiser", "cuda:0,cuda:1", "--threads", "denoiser=3", "--slots", "denoiser=8"]
+    options += ["--no-prompt-cache", "--no-batching", "--no-warm-up", "--max-waiting", "9", "--policy", "round_robin"]
+    assert run(["serve", "model", *options, "--tasks", "edit", "--dtype", "float32"]) == 0
+    ((_, _, given),) = engines
+    assert (given["encoder"], given["denoiser"]) == ("cpu", "cuda:0,cuda:1")
+    assert "decoder" not in given
+    assert (given["threads"], given["slots"]) == ({RoleType.DENOISER: 3}, {RoleType.DENOISER: 8})
+    assert (given["prompt_cache"], given["batching"], given["warm_up"]) == (0, False, False)
+    assert (given["max_waiting"], given["policy"]) == (9, "round_robin")
+    assert (given["tasks"], given["dtype"]) == (["edit"], "float32")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--engine", "ray"], {"address": None}),
+        (["--pools", "denoiser=2", "--threads", "2"], {"address": None, "pools": "denoiser=2", "threads": 2}),
+        (["--address", "here:1"], {"address": "here:1"}),
+        (["--disagg-role", "server", "--address", "here:1"], {"address": "here:1", "pools": None}),
+    ],
+)
+def test_pools_address_and_role_imply_ray(engines: Any, options: list[str], expected: dict[str, Any]) -> None:
+    assert run(["serve", "model", *options]) == 0
+    assert engines == [("ray", ("model",), {**PLAIN, **ROUTING, **expected})]
+
+
+def test_a_role_joins_a_cluster_and_serves_no_http(engines: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "model", "--disagg-role", "denoising", "--address", "here:1", "--no-prompt-cache"]) == 0
+    ((name, args, options),) = engines
+    assert (name, args) == ("join", ("model", RoleType.DENOISER, "here:1"))
+    options.pop("on_ready")({"name": "denoiser-1", "loaded_bytes": 17_900_000})
+    assert options == {**PLAIN, "prompt_cache": 0}
+    assert capsys.readouterr().out == "Triptych has joined the service at here:1 (denoiser-1; 17.9 MB loaded)\n"

@@ -1,0 +1,201 @@
+"""The engine over Ray: processes that come, die, hang and go, and the same pixels all the while."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import triptych
+import triptych.engine  # before ray: it asks for Ray's authentication
+
+import ray  # isort: skip
+from triptych.engine.pools import parse_pools
+from triptych.engine.ray import RayEngine, RayReplica
+from triptych.errors import Cancelled, ReplicaRefusedError, UsageError
+from triptych.request import Request
+
+ASK: dict[str, Any] = {
+    "prompt": "a red fox", "seed": 7, "height": 64, "width": 48, "num_inference_steps": 3, "output_type": "pt",
+    "max_sequence_length": 24, "exact": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def repository(tiny_repo: Callable[..., Path]) -> Path:
+    return tiny_repo("flux2_klein")
+
+
+@pytest.fixture(scope="module")
+def engine(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayEngine]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIPTYCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        # Workers import this test's `triptych`, wherever it lies.
+        root = str(Path(triptych.__file__).parents[1])
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))))
+        with RayEngine(repository, pools="encoder=1,denoiser=2,decoder=1", threads=1) as engine:
+            yield engine
+
+
+@pytest.fixture(scope="module")
+def whole(repository: Path) -> triptych.Model:
+    return triptych.load(repository, device="cpu")
+
+
+def of(engine: RayEngine, pool: str) -> list[RayReplica]:
+    return [each for each in engine.replicas if each.pool == pool]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+
+
+def all_ready(engine: RayEngine) -> bool:
+    return all(each.state == "ready" for each in engine.replicas)
+
+
+def test_requests_over_three_processes_equal_the_whole_to_the_bit(engine: RayEngine, whole: triptych.Model) -> None:
+    jobs = [engine.submit(Request(**{**ASK, "seed": seed})) for seed in range(6)]
+    for seed, job in enumerate(jobs):
+        assert torch.equal(job.result(60).images, whole.generate(**{**ASK, "seed": seed}).images)
+    roles = [event.details["role"] for event in jobs[0].events() if event.kind == "started"]
+    assert roles == ["encoder", "denoiser", "decoder"]
+    assert len(engine.router) == 0
+
+
+def test_replicas_load_only_their_own_weights(engine: RayEngine, whole: triptych.Model) -> None:
+    total = sum(whole.loaded_bytes.values())
+    for replica in engine.replicas:
+        assert 0 < replica.told["loaded_bytes"] < total
+
+
+@pytest.mark.parametrize("pool", ["encoder", "denoiser", "decoder"])
+def test_a_killed_role_loses_no_request_and_comes_back(engine: RayEngine, whole: triptych.Model, pool: str) -> None:
+    wait_until(lambda: all_ready(engine))
+    jobs = [engine.submit(Request(**{**ASK, "seed": seed, "num_inference_steps": 30})) for seed in range(4)]
+    victim = of(engine, pool)[0]
+    losses, pid = victim.losses, victim.told["pid"]
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: victim.losses > losses, 10)
+    for seed, job in enumerate(jobs):
+        expected = whole.generate(**{**ASK, "seed": seed, "num_inference_steps": 30}).images
+        assert torch.equal(job.result(120).images, expected)
+    wait_until(lambda: victim.state == "ready")
+    assert victim.told["pid"] != pid
+    assert len(engine.router) == 0
+
+
+def test_a_role_that_hangs_is_found_and_replaced(engine: RayEngine, whole: triptych.Model) -> None:
+    wait_until(lambda: all_ready(engine))
+    victim = of(engine, "encoder")[0]
+    losses = victim.losses
+    os.kill(victim.told["pid"], signal.SIGSTOP)
+    job = engine.submit(Request(**ASK))
+    began = time.monotonic()
+    wait_until(lambda: victim.losses > losses, 10)
+    assert time.monotonic() - began < 8
+    assert torch.equal(job.result(120).images, whole.generate(**ASK).images)
+    assert [event.details["role"] for event in job.events() if event.kind == "retried"] == ["encoder"]
+
+
+def test_a_job_is_cancelled_in_another_process(engine: RayEngine) -> None:
+    wait_until(lambda: all_ready(engine))
+    begun = threading.Event()
+    job = engine.submit(Request(**{**ASK, "num_inference_steps": 5000}))
+    job.listen(lambda event: begun.set() if event.kind == "step" else None)
+    assert begun.wait(30), "progress is told while it runs"
+    job.cancel()
+    with pytest.raises(Cancelled):
+        job.result(1)
+    wait_until(lambda: all(not each.tickets for each in engine.replicas), 10)
+
+
+def test_no_object_of_a_finished_request_is_left_in_the_store(engine: RayEngine) -> None:
+    wait_until(lambda: all_ready(engine))
+    for seed in range(3):
+        engine.generate(**{**ASK, "seed": seed})
+    wait_until(lambda: engine.objects() <= 4, 20)
+
+
+def test_a_pool_is_scaled_up_and_a_replica_drained_while_it_serves(engine: RayEngine) -> None:
+    wait_until(lambda: all_ready(engine))
+    engine.scale("decoder", 2)
+    wait_until(lambda: len(of(engine, "decoder")) == 2 and all_ready(engine))
+    gone = of(engine, "decoder")[0]
+    jobs = [engine.submit(Request(**{**ASK, "seed": seed})) for seed in range(4)]
+    engine.drain(gone.name)
+    assert all(job.result(60) for job in jobs)
+    wait_until(lambda: [each.name for each in of(engine, "decoder")] != [] and gone not in engine.replicas)
+    assert len(of(engine, "decoder")) == 1
+    with pytest.raises(UsageError, match="pool='vae'"):
+        engine.scale("vae", 1)
+
+
+JOIN = """
+import signal, sys
+from triptych.engine.ray_join import join
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+join(sys.argv[1], "denoiser", sys.argv[2], threads=1, on_ready=lambda told: print("ready", flush=True))
+"""
+
+
+def test_a_replica_joins_from_outside_and_leaves_drained(engine: RayEngine, repository: Path) -> None:
+    wait_until(lambda: all_ready(engine))
+    command = [sys.executable, "-c", JOIN, str(repository), ray.get_runtime_context().gcs_address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "ready"
+        wait_until(lambda: len(of(engine, "denoiser")) == 3 and all_ready(engine))
+        jobs = [engine.submit(Request(**{**ASK, "seed": seed})) for seed in range(6)]
+        process.terminate()
+        assert all(job.result(60) for job in jobs)
+        assert process.wait(60) == 0
+    wait_until(lambda: len(of(engine, "denoiser")) == 2)
+
+
+def test_a_replica_of_another_model_is_refused_with_the_difference(
+    engine: RayEngine, tiny_repo: Callable[..., Path]
+) -> None:
+    from triptych.engine.ray_join import join
+
+    with pytest.raises(ReplicaRefusedError, match="its fingerprint is .*, the service's"):
+        join(tiny_repo("flux2_klein", is_distilled=True), "denoiser", ray.get_runtime_context().gcs_address, threads=1)
+
+
+def test_ray_without_authentication_is_refused(repository: Path) -> None:
+    code = f"from triptych.engine.ray import RayEngine; RayEngine({str(repository)!r})"
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(Path(triptych.__file__).parents[1])}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "only 'token' is accepted" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "name at least one"), ("encoder", "role=number"), ("encoder=0", "at least 1"), ("denoiser=4..2", "not fall"),
+     ("encoder=1,encoder=2", "twice"), ("server=1", "runs nothing"), ("painter=1", "unknown role")],
+)  # fmt: skip
+def test_pools_that_make_no_sense_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_pools(text)
+
+
+def test_pools_are_read() -> None:
+    pools = {pool.name: (pool.least, pool.most) for pool in parse_pools("encoder+decoder=1, denoiser=2..4")}
+    assert pools == {"encoder+decoder": (1, 1), "denoiser": (2, 4)}
+
+
+def test_pools_that_lack_a_role_are_refused(repository: Path) -> None:
+    with pytest.raises(UsageError, match="no replica runs the role decoder"):
+        RayEngine(repository, pools="encoder=1,denoiser=1")

@@ -1,0 +1,215 @@
+"""Results: the files that outputs can be had as, and how long they are kept."""
+
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from serving import LONG, PROMPT, QUICK, Caller, engine
+
+import triptych
+from triptych import embedded
+from triptych.errors import ParameterError
+from triptych.result import Result
+from triptych.server import formats
+from triptych.server.limits import Limits
+from triptych.server.problems import Refusal
+from triptych.server.spool import Spool, SpoolError
+
+
+def files(spool: Spool) -> list[Path]:
+    return sorted(path for path in Path(spool._temporary.name).rglob("*") if path.is_file())
+
+
+def test_an_exact_result_is_the_file_that_the_python_interface_writes(caller: Caller, tmp_path: Path) -> None:
+    parameters = {**PROMPT, "num_inference_steps": 2, "num_images_per_prompt": 2, "exact": True}
+    request = caller.submit(parameters)
+    assert caller.wait(request)["outputs"] == 2
+    result = triptych.load(embedded.path(), device="cpu").generate(**parameters)
+    for suffix in ("png", "jpg", "webp"):
+        for k, path in enumerate(result.save(tmp_path / f"fox.{suffix}")):
+            response = caller.get(request["links"]["result"], params={"format": suffix, "index": k})
+            assert response.content == path.read_bytes(), suffix
+
+
+@pytest.mark.parametrize(
+    ("query", "accept", "media_type", "format"),
+    [
+        ({}, "*/*", "image/png", "PNG"),
+        ({}, "image/webp", "image/webp", "WEBP"),
+        ({}, "image/png;q=0.1, image/jpeg", "image/jpeg", "JPEG"),
+        ({"format": "JPEG"}, "image/png", "image/jpeg", "JPEG"),
+    ],
+)
+def test_the_format_is_the_query_s_or_else_the_one_accepted(
+    caller: Caller, query: dict[str, str], accept: str, media_type: str, format: str
+) -> None:
+    request = caller.submit(QUICK)
+    caller.wait(request)
+    response = caller.get(request["links"]["result"], params=query, headers={"Accept": accept})
+    assert response.headers["content-type"] == media_type
+    with Image.open(io.BytesIO(response.content)) as image:
+        assert (image.format, image.size) == (format, (64, 64))
+
+
+def test_results_that_are_not_there_are_told_apart(caller: Caller) -> None:
+    request = caller.submit(QUICK)
+    caller.wait(request)
+    link = request["links"]["result"]
+    for query, status, field in (
+        ({"index": "1"}, 400, "index"),
+        ({"index": "-1"}, 400, "index"),
+        ({"index": "first"}, 400, "index"),
+        ({"format": "mp4"}, 400, "format"),
+    ):
+        response = caller.get(link, params=query)
+        assert (response.status_code, response.json()["error"]["field"]) == (status, field)
+    response = caller.get(link, headers={"Accept": "video/mp4"})
+    assert (response.status_code, response.json()["error"]["type"]) == (406, "not_acceptable")
+    running = caller.submit(LONG)
+    response = caller.get(running["links"]["result"])
+    assert (response.status_code, response.json()["error"]["type"]) == (409, "not_done")
+    caller.post(running["links"]["cancel"])
+    response = caller.get(running["links"]["result"])
+    assert (response.status_code, response.json()["error"]["type"]) == (410, "cancelled")
+
+
+def test_finished_requests_beyond_the_count_are_forgotten_oldest_first(serve: Callable[..., Caller]) -> None:
+    caller = serve(Limits(kept=2))
+    requests = [caller.submit(QUICK) for _ in range(4)]
+    for each in requests[-2:]:
+        caller.until(each, lambda status: status.get("status") == "done")
+    end = time.monotonic() + 10
+    while len(files(caller.service.records.spool)) > 2 and time.monotonic() < end:
+        time.sleep(0.02)
+    assert [caller.get(each["links"]["self"]).status_code for each in requests] == [404, 404, 200, 200]
+    assert len(files(caller.service.records.spool)) == 2
+
+
+def test_results_beyond_the_bytes_are_forgotten_oldest_first(serve: Callable[..., Caller]) -> None:
+    one = 64 * 64 * 3  # bytes of a picture, and some of what goes with it
+    caller = serve(Limits(kept_bytes=3 * one))
+    requests = []
+    for _ in range(4):
+        requests.append(caller.submit(QUICK))
+        caller.wait(requests[-1])
+    assert [caller.get(each["links"]["self"]).status_code for each in requests] == [404, 404, 200, 200]
+    assert caller.service.records.spool.nbytes <= 3 * one
+    time.sleep(0.2)
+    spool = caller.service.records.spool
+    assert sum(path.stat().st_size for path in files(spool)) == spool.nbytes
+
+
+def test_a_result_that_is_larger_than_all_that_is_kept_fails_its_request(serve: Callable[..., Caller]) -> None:
+    caller = serve(Limits(kept_bytes=1000))
+    failed = caller.wait(caller.submit(QUICK))
+    assert failed["status"] == "failed"
+    assert "larger than the 1000 kept" in failed["error"]["message"]
+    assert files(caller.service.records.spool) == []
+
+
+def test_finished_requests_are_forgotten_in_time(serve: Callable[..., Caller], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triptych.server.app._TRIM", 0.05)
+    caller = serve(Limits(kept_seconds=0.5))
+    request = caller.submit(QUICK)
+    caller.until(request, lambda status: "error" in status and "id" not in status)  # nobody asks for it, or for others
+    end = time.monotonic() + 10
+    while files(caller.service.records.spool) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert files(caller.service.records.spool) == []
+    assert caller.service.records.spool.nbytes == 0
+
+
+def test_a_result_is_on_disk_and_not_in_memory(caller: Caller) -> None:
+    request = caller.submit(QUICK)
+    caller.wait(request)
+    record = caller.service.records.get(request["id"])
+    assert record.job is None
+    assert not any(isinstance(value, (Result, Image.Image)) for value in vars(record).values())
+    assert len(engine().router) == 0
+
+
+def video(**more: Any) -> Result:
+    frames = [Image.new("RGB", (16, 16), (k * 20, 0, 0)) for k in range(4)]
+    return Result(
+        seed=1, frames=[frames, frames], fps=8.0, parameters={"prompt": "a fox", "output_type": "pil"}, **more
+    )
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
+def test_videos_come_out_of_the_spool_as_they_would_be_saved(tmp_path: Path, suffix: str) -> None:
+    spool = Spool(10**9)
+    spool.put("req_1", video())
+    expected = video().save(tmp_path / f"fox{suffix}")
+    for k in range(2):
+        assert spool.file("req_1", k, 2, suffix).read_bytes() == expected[k].read_bytes()
+    assert spool.nbytes == sum(path.stat().st_size for path in files(spool))
+    spool.close()
+
+
+def test_a_dropped_result_cannot_be_had_and_leaves_nothing() -> None:
+    spool = Spool(10**9)
+    spool.put("req_1", video())
+    spool.release("req_1")
+    spool.erase("req_1")
+    with pytest.raises(FileNotFoundError):
+        spool.file("req_1", 0, 2, ".mp4")
+    assert (files(spool), spool.nbytes) == ([], 0)
+    with pytest.raises(SpoolError):
+        Spool(100).put("req_2", video())
+    spool.close()
+
+
+def test_a_result_that_is_dropped_while_its_file_is_made_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool(10**9)
+    spool.put("req_1", video())
+    save = Result.save
+
+    def dropped_meanwhile(self: Result, path: Path) -> list[Path]:
+        written = save(self, path)
+        spool.release("req_1")
+        return written
+
+    monkeypatch.setattr(Result, "save", dropped_meanwhile)
+    with pytest.raises(FileNotFoundError):
+        spool.file("req_1", 0, 2, ".gif")
+    assert (files(spool), spool.nbytes) == ([], 0)
+    spool.close()
+
+
+@pytest.mark.parametrize(
+    ("makes", "accept", "expected"),
+    [
+        ("images", None, "png"),
+        ("images", "", "png"),
+        ("images", "text/html, image/*;q=0.5", "png"),
+        ("images", "image/png;q=0, */*", "jpeg"),
+        ("images", "image/webp;q=0.9, image/jpeg;q=0.8", "webp"),
+        ("images", "image/png;q=high, image/jpeg;q=0.1", "jpeg"),
+        ("videos", "*/*", "mp4"),
+        ("videos", "image/*", "webp"),
+        ("videos", "image/gif", "gif"),
+    ],
+)
+def test_the_format_accepted_best_is_taken(makes: str, accept: str | None, expected: str) -> None:
+    assert formats.accepted(makes, accept).name == expected
+
+
+def test_a_format_that_there_is_not_is_refused() -> None:
+    with pytest.raises(Refusal):
+        formats.accepted("videos", "text/html")
+    with pytest.raises(ParameterError, match="mp4, webp, gif"):
+        formats.named("videos", "png")
+
+
+def test_the_count_of_a_result_is_the_number_of_files_saved(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (8, 8))
+    layered = Result(seed=1, images=[[picture, picture], [picture, picture]])  # type: ignore[list-item]
+    for result, count in ((video(), 2), (Result(seed=1, images=[picture]), 1), (layered, 4), (Result(seed=1), 0)):
+        assert result.count == count
+        if count:
+            suffix = ".png" if result.images else ".gif"
+            assert len(result.save(tmp_path / f"out{suffix}")) == count
