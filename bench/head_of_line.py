@@ -1,0 +1,106 @@
+"""Whether short requests suffer from a long one, and whether the long one suffers from them.
+
+    python bench/head_of_line.py
+
+At t = 0: one request worth ten short ones, and thirty short ones, on two denoisers (three pools over Ray). Limits: the
+short ones' p99 is at most 1.5 x what it is without the long one, and the last of all is done within 1.1 x the best
+possible, which is the work of all of them divided by the cores.
+
+One thread in every process. Writes bench/results/head_of_line.json; exits 1 where a limit is not met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+from triptych import embedded
+from triptych.engine.ray import RayEngine
+from triptych.request import Request
+
+RESULTS = Path(__file__).parent / "results" / "head_of_line.json"
+SHORT, TIMES, COUNT = 4, 10, 30  # steps; how many short ones the long one is worth; short requests
+POLICIES = ("predicted", "round_robin", "max_free_slots")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--policies", nargs="*", default=["predicted"], choices=POLICIES)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    figures: dict[str, Any] = {"command": " ".join(["python bench/head_of_line.py", *sys.argv[1:]])}
+    for policy in asked.policies:
+        figures[policy] = measure(policy, asked.rounds)
+    best = figures[asked.policies[0]]
+    figures["checks"] = {
+        "short p99 <= 1.5 x without the long one": best["short p99 ratio"] <= 1.5,
+        "makespan <= 1.1 x the best possible": best["makespan ratio"] <= 1.1,
+    }
+    print(json.dumps(figures, indent=2))
+    asked.output.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0 if all(figures["checks"].values()) else 1
+
+
+def measure(policy: Any, rounds: int) -> dict[str, Any]:
+    """Return p99 and makespan with and without the long request: medians over the rounds."""
+    with RayEngine(
+        embedded.path(), dtype="float32", pools="encoder=1,denoiser=2,decoder=1", threads=1, batching=False,
+        policy=policy, prompt_cache=0,
+    ) as engine:  # fmt: skip
+        for _ in range(4):
+            engine.generate(**ask(SHORT))  # the router learns what a request takes
+        engine.generate(**ask(SHORT * 3))
+        runs = [(run(engine, long=False), run(engine, long=True)) for _ in range(rounds)]
+        work = sum(seconds_of(engine, steps) * count for steps, count in ((SHORT, COUNT), (SHORT * TIMES, 1)))
+    best = work / 2
+    middle = sorted(runs, key=lambda each: each[1]["makespan"])[len(runs) // 2]
+    without, beside = middle
+    return {
+        "short p99 alone, s": without["p99"],
+        "short p99 beside the long one, s": beside["p99"],
+        "short p99 ratio": beside["p99"] / without["p99"],
+        "long one done after, s": beside["long"],
+        "makespan, s": beside["makespan"],
+        "best possible makespan, s": best,
+        "makespan ratio": beside["makespan"] / best,
+    }
+
+
+def ask(steps: int, seed: int = 0) -> dict[str, Any]:
+    return {"prompt": "a red heart", "seed": seed, "num_inference_steps": steps, "exact": True, "output_type": "pt"}
+
+
+def seconds_of(engine: RayEngine, steps: int) -> float:
+    """Return the seconds that all roles compute for one request, by itself."""
+    return min(sum(engine.generate(**ask(steps)).timings.values()) for _ in range(3))
+
+
+def run(engine: RayEngine, *, long: bool) -> dict[str, float]:
+    """Submit all at once; returns when they were done, in seconds from then."""
+    began = time.perf_counter()
+    ended: dict[int, float] = {}
+    jobs = [engine.submit(Request(**ask(SHORT * TIMES)))] if long else []
+    jobs += [engine.submit(Request(**ask(SHORT, seed))) for seed in range(COUNT)]
+    for number, job in enumerate(jobs):
+        job.listen(lambda event, number=number: ended.setdefault(number, time.perf_counter() - began)
+                   if event.kind == "done" else None)  # fmt: skip
+    for job in jobs:
+        job.result(600)
+    first = 1 if long else 0
+    short = sorted(ended[number] for number in range(first, len(jobs)))
+    return {"p99": short[-1], "long": ended[0] if long else 0.0, "makespan": max(ended.values())}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

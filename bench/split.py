@@ -1,0 +1,156 @@
+"""What splitting costs one request, and what overlapping roles brings many.
+
+    python bench/split.py                     # the embedded model
+    python bench/split.py --model PATH --steps 8
+
+Serial: p50 of one request after another, run whole, by `LocalEngine` and by three processes over Ray, in turn, so that
+all see the same machine. Limits: whole + 1 ms, and whole + 12 ms.
+
+Pipelining: 16 clients that each ask again as soon as they have their picture, requests kept apart. Against the bound
+min(1 / busiest role's seconds, cores / sum of all roles' seconds), of seconds measured one request at a time in the same
+run. Limits: 0.95 of it in `LocalEngine`, 0.90 over Ray.
+
+One thread in every process and lane, the whole included. Writes bench/results/split.json; exits 1 where a limit is not
+met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+import triptych
+from triptych import embedded
+from triptych.engine.base import Engine
+from triptych.engine.local import LocalEngine
+from triptych.engine.ray import RayEngine
+from triptych.request import Request
+from triptych.roles import WORKERS
+
+RESULTS = Path(__file__).parent / "results" / "split.json"
+CLIENTS = 16
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(embedded.path()))
+    parser.add_argument("--name", default="embedded", help="under which the figures are kept")
+    parser.add_argument("--param", action="append", default=[], help="name=json, of every request")
+    parser.add_argument("--repeats", type=int, default=30, help="requests of the serial part, each way")
+    parser.add_argument("--requests", type=int, default=64, help="requests of the pipelined part")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the pipelined part; the best counts")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    parameters = {"prompt": "a red heart", "seed": 0, "exact": True, "output_type": "pt"}
+    parameters |= {name: json.loads(value) for name, _, value in (each.partition("=") for each in asked.param)}
+    cores = len(os.sched_getaffinity(0))
+    threads = dict.fromkeys(WORKERS, 1)
+    with (
+        LocalEngine(asked.model, dtype="float32", encoder="cpu", denoiser="cpu", decoder="cpu", threads=threads,
+                    batching=False, prompt_cache=0) as local,
+        RayEngine(asked.model, dtype="float32", threads=1, batching=False, prompt_cache=0) as ray,
+    ):  # fmt: skip
+        whole = triptych.load(asked.model, device="cpu", dtype="float32")
+        serial = measure_serial(whole, local, ray, parameters, asked.repeats)
+        seconds = role_seconds(asked.model, parameters)
+        bound = min(1 / max(seconds.values()), cores / sum(seconds.values()))
+        pipelined = {
+            name: max(throughput(engine, parameters, asked.requests) for _ in range(asked.rounds))
+            for name, engine in (("local", local), ("ray", ray))
+        }
+    figures = {
+        "command": " ".join(["python bench/split.py", *sys.argv[1:]]),
+        "cores": cores,
+        "serial p50, ms": {name: value * 1e3 for name, value in serial.items()},
+        "over the whole, ms": {name: (serial[name] - serial["whole"]) * 1e3 for name in ("local", "ray")},
+        "role seconds": seconds,
+        "bound, requests/s": bound,
+        "pipelined, requests/s": pipelined,
+        "share of the bound": {name: each / bound for name, each in pipelined.items()},
+        "pipelined over whole": {name: each * serial["whole"] for name, each in pipelined.items()},
+    }
+    figures["checks"] = {
+        "local serial <= whole + 1 ms": figures["over the whole, ms"]["local"] <= 1,
+        "ray serial <= whole + 12 ms": figures["over the whole, ms"]["ray"] <= 12,
+        "local pipelined >= 0.95 of the bound": figures["share of the bound"]["local"] >= 0.95,
+        "ray pipelined >= 0.90 of the bound": figures["share of the bound"]["ray"] >= 0.90,
+    }
+    print(json.dumps(figures, indent=2))
+    known = json.loads(asked.output.read_text()) if asked.output.exists() else {}
+    asked.output.write_text(json.dumps({**known, asked.name: figures}, indent=2) + "\n")
+    return 0 if all(figures["checks"].values()) else 1
+
+
+def measure_serial(
+    whole: triptych.Model, local: Engine, ray: Engine, parameters: dict[str, Any], repeats: int
+) -> dict[str, float]:
+    """Return the median seconds of one request, each way; the ways take turns."""
+    ways: dict[str, Callable[..., Any]] = {"whole": whole.generate, "local": local.generate, "ray": ray.generate}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    pictures = {}
+    for k in range(repeats + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            pictures[name] = way(**parameters).images
+            if k:  # the first warms up
+                seconds[name].append(time.perf_counter() - began)
+    for name in ("local", "ray"):
+        assert torch.equal(pictures[name], pictures["whole"]), f"{name} made another picture"
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def role_seconds(model: str, parameters: dict[str, Any], repeats: int = 5) -> dict[str, float]:
+    """Return the median seconds that each role takes for one request, one at a time."""
+    roles = {role: triptych.load(model, role=role, device="cpu", dtype="float32") for role in WORKERS}
+    seconds: dict[str, list[float]] = {role.value: [] for role in WORKERS}
+    for k in range(repeats + 1):
+        work: Any = Request(**parameters)
+        for role, loaded in roles.items():
+            began = time.perf_counter()
+            work = loaded.run(work)
+            if k:
+                seconds[role.value].append(time.perf_counter() - began)
+    return {role: statistics.median(each) for role, each in seconds.items()}
+
+
+def throughput(engine: Engine, parameters: dict[str, Any], requests: int) -> float:
+    """Return requests a second with `CLIENTS` clients, counted while all of them have one on its way."""
+    numbers = iter(range(requests + 2 * CLIENTS))
+    ended: list[float] = []
+    lock = threading.Lock()
+
+    def client() -> None:
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            engine.generate(**{**parameters, "seed": number})
+            with lock:
+                ended.append(time.perf_counter())
+
+    clients = [threading.Thread(target=client) for _ in range(CLIENTS)]
+    for each in clients:
+        each.start()
+    for each in clients:
+        each.join()
+    ended.sort()
+    counted = ended[CLIENTS : CLIENTS + requests]  # neither while it fills nor while it empties
+    return (len(counted) - 1) / (counted[-1] - counted[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
