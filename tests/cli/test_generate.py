@@ -18,6 +18,10 @@ from PIL import Image
 import triptych
 from triptych import embedded
 from triptych.cli import generate, output, run
+from triptych.cli.arguments import parse_parameters
+from triptych.cli.media import open_images
+from triptych.errors import UsageError
+from triptych.result import Result
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +126,7 @@ def test_images_are_read_upright_and_travel_with_the_request(klein: str) -> None
     exif[0x0112] = 6  # turned by 90 degrees
     picture = Image.linear_gradient("L").resize((72, 64)).convert("RGB")
     picture.save("turned.png", exif=exif)
-    upright = generate.open_images([Path("turned.png")])
+    upright = open_images([Path("turned.png")])
     assert isinstance(upright, Image.Image)
     assert upright.size == (64, 72)
     arguments = ["a fox", "--image", "turned.png", "--image", "turned.png", "--seed", "3", "-o", "edit.png"]
@@ -132,6 +136,21 @@ def test_images_are_read_upright_and_travel_with_the_request(klein: str) -> None
         prompt="a fox", image=[upright, upright], seed=3, num_inference_steps=1, width=16, height=24
     )
     assert expected.images[0].tobytes() == pixels("edit.png")
+
+
+def test_a_parameter_takes_a_picture_or_a_video_from_a_file() -> None:
+    frames = [Image.new("RGB", (16, 16), (shade, shade, shade)) for shade in (40, 120, 200)]
+    Result(seed=1, frames=[frames], fps=8).save("clip.mp4")
+    frames[0].save("end.png")
+    given = dict(parse_parameters(["last_image=@end.png", "video=@clip.mp4"]))
+    assert given["last_image"].tobytes() == frames[0].tobytes()
+    shades = [frame.getpixel((8, 8))[0] for frame in given["video"]]
+    assert shades == pytest.approx([40, 120, 200], abs=4)
+    Path("text.mp4").write_text("no video")
+    for text, message in (("video=@text.mp4", "--param video text.mp4"), ("video=@none.mp4", "No such file"),
+                          ("last_image=@text.png", "--param last_image text.png")):  # fmt: skip
+        with pytest.raises(UsageError, match=message):
+            list(parse_parameters([text]))
 
 
 @pytest.mark.parametrize(

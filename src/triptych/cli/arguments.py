@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from triptych.cli.media import open_media
 from triptych.cli.options import PARAMETER_OPTIONS, option_of
 from triptych.errors import ParameterError, UnknownParameterError, UsageError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from triptych.runtime.model import Model
     from triptych.state import State
 
@@ -116,8 +115,10 @@ def parse_size(text: str | None) -> tuple[int, ...]:
 def parse_parameters(texts: Iterable[str]) -> Iterator[tuple[str, object]]:
     """Yield names and values of `name=value`, the value in JSON or, where it is none, plain text.
 
+    `name=@file` stands for what the file shows: a picture, or the frames of a video.
+
     Raises:
-        UsageError: a text has no name, or its value is Python rather than JSON.
+        UsageError: a text has no name, its value is Python rather than JSON, or a file cannot be read.
     """
     for text in texts:
         name, equals, value = text.partition("=")
@@ -126,35 +127,12 @@ def parse_parameters(texts: Iterable[str]) -> Iterator[tuple[str, object]]:
         if value in ("True", "False", "None"):
             json_word = {"True": "true", "False": "false", "None": "null"}[value]
             raise UsageError(f"--param {text!r}: values are JSON: write {json_word}")
+        if value.startswith("@"):
+            yield name.strip(), open_media(Path(value[1:]), f"--param {name.strip()}")
+            continue
         try:
             yield name.strip(), json.loads(value)
         except ValueError:
             if value[:1] in ("[", "{", '"'):
                 raise UsageError(f"--param {text!r}: the value is not valid JSON") from None
             yield name.strip(), value
-
-
-def open_images(paths: list[Path]) -> Image | list[Image] | None:
-    """Return the pictures in these files as diffusers' `load_image` would: upright, and RGB.
-
-    One is returned by itself, and None where there is none.
-
-    Raises:
-        UsageError: a file is missing or holds no picture.
-    """
-    if not paths:
-        return None
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as opened:
-                images.append(ImageOps.exif_transpose(opened).convert("RGB"))
-        except UnidentifiedImageError as error:
-            raise UsageError(f"--image {path}: this is no image") from error
-        except OSError as error:
-            raise UsageError(f"--image {path}: {error.strerror or f'damaged ({error})'}") from error
-        except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UsageError(f"--image {path}: cannot be read: {error}") from error
-    return images[0] if len(images) == 1 else images

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from triptych.cli.arguments import Asked, model_and_prompt, open_images, parse_parameters, parse_size
+from triptych.cli.arguments import Asked, model_and_prompt, parse_parameters, parse_size
 from triptych.cli.console import logging_to, quieten_libraries, stderr_console
 from triptych.cli.errors import reported
+from triptych.cli.media import open_images
 from triptych.cli.options import Debug, Dtype, Revision, Tasks, Variant, dtype_spec
 from triptych.cli.output import path_for, progress, summary
 from triptych.cli.remote import check_remote, generate_remotely
@@ -92,7 +93,8 @@ def generate(
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="Any other parameter of the family, its value in JSON or plain text; may be repeated. "
+            help="Any other parameter of the family, its value in JSON or plain text, or @FILE for the picture or video "
+            "in a file: last_image=@end.png; may be repeated. "
             "`triptych families NAME` lists them.",
             rich_help_panel=_REQUEST,
         ),
