@@ -9,6 +9,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mat
 from collections.abc import Callable
 from pathlib import Path
 
+import operators  # noqa: F401 (before tiny, which imports the libraries)
 import pytest
 import tiny
 import torch

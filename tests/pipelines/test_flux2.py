@@ -23,22 +23,14 @@ CALL: dict[str, Any] = {
     "prompt": PROMPT, "height": 64, "width": 48, "num_inference_steps": 4, "guidance_scale": 4.0, **SHORT,
 }  # fmt: skip
 
-# The tokenizer folder of published repositories holds a processor, which needs torchvision. Its builds for other devices
-# import once the operators that they expect of their own library have a schema.
+# The tokenizer folder of published repositories holds a processor, which needs torchvision.
 PROCESSOR = """
 import pathlib, sys
-import torch
-try:
-    import torchvision
-except RuntimeError:
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision
-
 tests, folder = map(pathlib.Path, sys.argv[1:])
 sys.path.insert(0, str(tests))
+import operators
 import tiny
+import torch
 from pipelines.parity import Parity
 from pipelines.test_flux2 import CALL, picture
 
