@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,8 @@ models = {dtype: triptych.load(repo, role=role, device="cpu", dtype=dtype) for d
 input()
 for dtype, source, target in jobs:
     if role == "encoder":
-        parameters = json.loads(pathlib.Path(source).read_text())
-        if "image" in parameters:
-            parameters["image"] = [PIL.Image.open(path) for path in parameters["image"]]
-        work = triptych.Request(**parameters)
+        opened = lambda node: PIL.Image.open(node["picture"]) if "picture" in node else node
+        work = triptych.Request(**json.loads(pathlib.Path(source).read_text(), object_hook=opened))
     else:
         work = triptych.State.from_bytes(pathlib.Path(source).read_bytes())
     pathlib.Path(target).write_bytes(models[dtype].run(work).to_bytes())
@@ -86,15 +85,17 @@ class Parity:
 
     def check_in_processes(self, folder: Path, call: Mapping[str, Any], dtypes: Iterable[str]) -> None:
         """Prove that three processes, one a role, that hand over files give what diffusers gives."""
-        images = call.get("image", [])
-        for number, image in enumerate(images):
-            image.save(folder / f"{number}.png")
-        request = {**call, "seed": 7, "output_type": "pt"}
-        if images:
-            request["image"] = [str(folder / f"{number}.png") for number in range(len(images))]
+        saved = count()
+
+        def save(image: Image.Image) -> dict[str, str]:
+            path = folder / f"{next(saved)}.png"
+            image.save(path)
+            return {"picture": str(path)}
+
+        request = json.dumps({**call, "seed": 7, "output_type": "pt"}, default=save)
         files = {dtype: [folder / f"{dtype}.{role}" for role in ("request", *ROLES)] for dtype in dtypes}
         for request_file, *_ in files.values():
-            request_file.write_text(json.dumps(request))
+            request_file.write_text(request)
         running: list[subprocess.Popen[str]] = []
         try:
             for position, role in enumerate(ROLES):

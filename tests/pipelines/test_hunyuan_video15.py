@@ -82,12 +82,6 @@ class Video(Parity):
         self.call = CALLS[task]
         self.stage = "i2v_denoising" if task == "i2v" else "hunyuan_denoising"
 
-    def diffusers(self, **call: Any) -> Any:
-        # diffusers takes an image as it is, the processes of `check_in_processes` in a list.
-        if isinstance(call.get("image"), list):
-            (call["image"],) = call["image"]
-        return super().diffusers(**call)
-
     def of(self, **changes: Any) -> Any:
         """Prove that all agree on the request with these changes; returns the video."""
         return self.check(**{**self.call, **changes})
@@ -451,9 +445,9 @@ def test_the_cache_of_steps_is_told_what_diffusers_tells_it(video: Video, monkey
 def test_processes_that_hand_over_files_give_the_same_frames(
     tiny_repo: TinyRepo, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The comparison in bfloat16 makes its own oracle, which must take an image in a list too.
+    # The comparison in bfloat16 makes its own oracle.
     monkeypatch.setattr("pipelines.parity.Parity", lambda repo, dtype: Video(repo, task, dtype, fewer=False))
-    call = {**CALLS[task], **({"image": [FIRST]} if task == "i2v" else {})}
+    call = {**CALLS[task], **({"image": FIRST} if task == "i2v" else {})}
     full = Video(tiny_repo(FAMILY, task=task), task, fewer=False)
     full.check_in_processes(tmp_path, call, ("float32", "bfloat16"))
 

@@ -350,3 +350,10 @@ def test_only_the_encoder_has_more_than_one_stage(edit: Parity, plus: Parity) ->
             "denoiser": ["qwen_edit_denoising"],
             "decoder": ["decoding"],
         }
+
+
+@pytest.mark.slow
+def test_processes_that_hand_over_files_give_the_same_pixels(edit: Parity, plus: Parity, tmp_path: Path) -> None:
+    for parity, image in ((edit, picture(30)), (plus, [picture(30), picture(200)])):
+        call = {**GUIDED, "image": image, "num_images_per_prompt": 2}
+        parity.check_in_processes(tmp_path, call, ("float32", "bfloat16"))

@@ -297,3 +297,8 @@ def test_a_bfloat16_repository_runs_in_float32_and_by_default_in_bfloat16(tiny_r
 def test_captions_follow_the_checkpoints_own_generation_settings(small: None, tiny_repo: TinyRepo) -> None:
     parity = Parity(tiny_repo("qwen_image_layered", generation={"repetition_penalty": 1.3}))
     parity.check(**{**GUIDED, "prompt": ""}, image=picture(30))
+
+
+@pytest.mark.slow
+def test_processes_that_hand_over_files_give_the_same_layers(layered: Parity, tmp_path: Path) -> None:
+    layered.check_in_processes(tmp_path, {**GUIDED, "image": picture(30)}, ("float32", "bfloat16"))
