@@ -34,6 +34,7 @@ class Family:
     geometry: ClassVar[Mapping[str, Need]] = {}
     admission: ClassVar[Mapping[str, Need]] = {}
     refused: ClassVar[frozenset[str] | set[str]] = frozenset()
+    fps: ClassVar[float | None] = None
 
     def __init__(self, repository: Repository) -> None:
         self.repository = repository
@@ -61,6 +62,11 @@ class Family:
         Raises:
             ParameterError: a value is not accepted; nothing has been computed yet.
         """
+
+    def frame_rate(self, parameters: Mapping[str, Any]) -> float | None:
+        """Return the frames per second of the video that a request's parameters ask for; None where none is made."""
+        asked = parameters.get("frame_rate", self.parameters.get("frame_rate"))
+        return float(asked) if isinstance(asked, (int, float)) else self.fps
 
     def validate_disagg_role(self, role: RoleType) -> None:
         """Refuse a role that the family cannot run in, with a reason.

@@ -38,18 +38,23 @@ class TextEncoding(Stage):
     reads = {"prompt", "negative_prompt", "guidance_scale", "max_sequence_length", *writes}
 
     def run(self, state: View) -> None:
-        guided = state.guidance_scale > 1
-        embeds, negative = self.helpers.encode_prompt(
-            prompt=state.prompt,
-            negative_prompt=state.negative_prompt,
-            do_classifier_free_guidance=guided,
-            prompt_embeds=state.prompt_embeds,
-            negative_prompt_embeds=state.negative_prompt_embeds,
+        state.prompt_embeds = self.embed(state, state.prompt, state.prompt_embeds)
+        if state.guidance_scale > 1:
+            negative, given = state.negative_prompt or "", state.negative_prompt_embeds
+            state.negative_prompt_embeds = self.embed(state, negative if given is None else None, given)
+        else:
+            state.negative_prompt_embeds = None
+
+    def embed(self, state: View, prompt: str | None, embeds: torch.Tensor | None) -> torch.Tensor:
+        """Encode one text by itself, so that one which comes again can be remembered."""
+        encoded: torch.Tensor = self.helpers.encode_prompt(
+            prompt=prompt,
+            do_classifier_free_guidance=False,
+            prompt_embeds=embeds,
             max_sequence_length=state.max_sequence_length,
             device=self.device,
-        )
-        state.prompt_embeds = embeds
-        state.negative_prompt_embeds = negative if guided else None
+        )[0]
+        return encoded
 
 
 class WanDenoising(Denoising):
@@ -189,6 +194,9 @@ class Wan(Family):
         self.add_stage(TextEncoding)
         self.add_stage(WanDenoising)
         self.add_stage(Decoding)
+
+    def frame_rate(self, parameters: Mapping[str, Any]) -> float:
+        return self.fps_per_token if self.repository.options.get("expand_timesteps") else self.fps
 
     def check(self) -> None:
         super().check()

@@ -42,15 +42,23 @@ class TextEncoding(Stage):
     def run(self, state: View) -> None:
         if state.prompt is None:
             return  # embeddings take the place of both prompts
-        state.prompt_embeds, state.negative_prompt_embeds = self.helpers.encode_prompt(
-            prompt=state.prompt,
-            negative_prompt=state.negative_prompt,
-            do_classifier_free_guidance=state.guidance_scale > 0,
-            prompt_embeds=state.prompt_embeds,
-            negative_prompt_embeds=state.negative_prompt_embeds,
+        state.prompt_embeds = self.embed(state, state.prompt, state.prompt_embeds)
+        if state.guidance_scale > 0:
+            negative, given = state.negative_prompt or "", state.negative_prompt_embeds
+            state.negative_prompt_embeds = self.embed(state, negative, given)
+        else:
+            state.negative_prompt_embeds = []
+
+    def embed(self, state: View, prompt: str, embeds: list[torch.Tensor] | None) -> list[torch.Tensor]:
+        """Encode one text by itself, so that one which comes again can be remembered."""
+        encoded: list[torch.Tensor] = self.helpers.encode_prompt(
+            prompt=prompt,
+            do_classifier_free_guidance=False,
+            prompt_embeds=embeds,
             device=self.device,
             max_sequence_length=state.max_sequence_length,
-        )
+        )[0]
+        return encoded
 
 
 class ZImageDenoising(Denoising):
