@@ -114,6 +114,15 @@ def _number(name: str, value: object) -> None:
         raise ParameterError(name, value, "a finite number is accepted")
 
 
+def _numbers(name: str, value: Any) -> None:
+    try:
+        fits = len(value) > 0 and all(math.isfinite(each) for each in value)
+    except (TypeError, OverflowError):
+        fits = False
+    if not fits:
+        raise ParameterError(name, value, "a list of finite numbers is accepted")
+
+
 def _flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ParameterError(name, value, "True or False is accepted")
@@ -137,6 +146,8 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {
     "guidance_scale": _number,
     "guidance_scale_2": _number,
     "true_cfg_scale": _number,
+    "sigmas": _numbers,
+    "timesteps": _numbers,
     "seed": _count(0, 2**64 - 1),
     "exact": _flag,
     "output_type": _output_type,

@@ -82,7 +82,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...],
     def stand_in(name: str) -> Any:
         return lambda *args, **options: asked.append((name, args, options))
 
-    monkeypatch.setattr(serve, "_serve", lambda build, *_: build())
+    monkeypatch.setattr(serve, "_serve", lambda build, *_, **__: build())
     monkeypatch.setattr("triptych.engine.local.LocalEngine", stand_in("local"))
     monkeypatch.setitem(sys.modules, "triptych.engine.ray", SimpleNamespace(RayEngine=stand_in("ray")))
     monkeypatch.setitem(sys.modules, "triptych.engine.ray_join", SimpleNamespace(join=stand_in("join")))

@@ -1,5 +1,7 @@
 """Events: a stream that follows a request, can be taken up again, and costs nothing when its reader leaves."""
 
+import base64
+import io
 import json
 import socket
 import time
@@ -7,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
-from serving import LONG, QUICK, Caller, idle, running
+from PIL import Image
+from serving import LONG, PROMPT, QUICK, Caller, idle, running
 
 from triptych.server.limits import Limits
 
@@ -45,6 +48,17 @@ def test_every_event_comes_in_order_and_the_last_says_how_it_ended(caller: Calle
     assert steps == [("flux2_denoising", k, 3) for k in (1, 2, 3)]
     assert events[-1][2]["outputs"] == 1
     assert all(data["request"] == request["id"] and data["time"] > 0 for _, _, data in events)
+
+
+def test_previews_are_among_the_events_where_they_are_asked_for_and_forgotten_with_the_end(caller: Caller) -> None:
+    request = caller.submit({**PROMPT, "num_inference_steps": 9}, previews=2)
+    events = [(kind, data) for _, kind, data in follow(caller, request)]
+    shown = [data for kind, data in events if kind == "preview"]
+    assert [(data["step"], data["steps"]) for data in shown] == [(3, 9), (6, 9)]
+    for data in shown:
+        assert Image.open(io.BytesIO(base64.b64decode(data["png"]))).size == (64, 64)
+    again = [data for _, kind, data in follow(caller, request, **{"Last-Event-ID": "0"}) if kind == "preview"]
+    assert [sorted(data) for data in again] == [["request", "step", "steps", "time"]] * 2
 
 
 def test_when_the_event_done_is_there_so_is_the_result(caller: Caller) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_every_field_has_a_label_and_every_region_a_name() -> None:
     tags = [tag for tag, _ in INDEX.elements]
     assert [tags.count(tag) for tag in ("header", "main", "footer", "h1")] == [1, 1, 1, 1]
     headings = [int(tag[1]) for tag in tags if re.fullmatch(r"h[1-6]", tag)]
-    assert all(after - before <= 1 for before, after in zip(headings, headings[1:]))
+    assert all(after - before <= 1 for before, after in pairwise(headings))
 
 
 def test_nothing_is_inline_and_no_other_host_is_named() -> None:
@@ -163,7 +164,9 @@ def test_every_import_names_what_its_module_exports() -> None:
 
 
 def test_every_element_that_a_module_looks_for_is_there() -> None:
-    looked_for = {word for text in MODULES.values() for word in re.findall(r'(?:find|getElementById)\("([^"]+)"\)', text)}
+    looked_for = {
+        word for text in MODULES.values() for word in re.findall(r'(?:find|getElementById)\("([^"]+)"\)', text)
+    }
     assert len(looked_for) > 15
     assert looked_for <= set(INDEX.ids())
 
@@ -219,7 +222,13 @@ def test_the_parameters_tell_a_form_its_fields_and_their_defaults(caller: Caller
         "seed": ("integer", None),
         "exact": ("flag", False),
     }
-    assert caller.post("/v1/requests", json={"parameters": {name: None for name in kinds} | {"prompt": "a", "num_inference_steps": 1}}).status_code == 202
+    assert (
+        caller.post(
+            "/v1/requests",
+            json={"parameters": {name: None for name in kinds} | {"prompt": "a", "num_inference_steps": 1}},
+        ).status_code
+        == 202
+    )
 
 
 def test_parameters_are_told_only_once_the_model_is_loaded() -> None:

@@ -298,7 +298,7 @@ def test_the_openapi_schema_names_the_paths_and_the_body(caller: Caller) -> None
     schema = caller.get("/openapi.json").json()
     assert {"/v1/requests", "/v1/requests/{name}/events", "/v1/requests/{name}/result"} <= set(schema["paths"])
     body = schema["paths"]["/v1/requests"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert set(body["properties"]) == {"parameters", "deadline"}
+    assert set(body["properties"]) == {"parameters", "previews", "deadline"}
 
 
 def test_a_service_without_an_engine_has_nothing_to_cancel() -> None:

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 import triptych
-from triptych.cli import families, generate, plan, serve, top
+from triptych.cli import families, generate, keys, plan, pools, serve, top
 from triptych.cli.errors import USAGE, say
 
 
@@ -33,6 +33,9 @@ app.command()(plan.plan)
 app.command()(families.families)
 app.command()(serve.serve)
 app.command()(top.top)
+app.command()(pools.scale)
+app.command()(pools.drain)
+app.command()(keys.key)
 
 
 @app.callback(invoke_without_command=True)

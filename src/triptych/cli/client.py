@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, Self
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     import httpx
 
 _TIMEOUT = 60.0  # seconds without a byte; streams of events are never silent for so long
+KEY = "TRIPTYCH_API_KEY"
+"""The environment variable with the key of a service."""
 _RECONNECTS = 10
 """Attempts, a second apart, to take up a stream of events again."""
 
@@ -35,7 +38,7 @@ class Client:
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise UsageError(f"{url!r} is no URL of a service, such as http://127.0.0.1:8000")
         self.url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, timeout=_TIMEOUT)
+        self._http = httpx.Client(base_url=self.url, timeout=_TIMEOUT, headers=_authorization())
 
     def __enter__(self) -> Self:
         return self
@@ -46,6 +49,10 @@ class Client:
     def get(self, path: str) -> dict[str, Any]:
         """Return what a path answers."""
         return self._json("GET", path)
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Return what a path answers to a body."""
+        return self._json("POST", path, body)
 
     def submit(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """Post a request; returns its status.
@@ -126,6 +133,14 @@ class Client:
         except (ValueError, KeyError, TypeError):
             raise ServiceError(f"{response.url} answers {response.status_code}: is it `triptych serve`?") from None
         _raise(kind, message, error)
+
+
+def _authorization() -> dict[str, str]:
+    """Return the header that says who asks, where the environment has a key."""
+    key = os.environ.get(KEY, "")
+    if key.startswith("@"):
+        raise UsageError(f"{KEY}: a file of hashes is for the server; to ask one, the key itself is needed")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _raise(kind: str, message: str, error: dict[str, Any]) -> NoReturn:

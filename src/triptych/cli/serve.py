@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from triptych.roles import WORKERS, RoleType
 
 if TYPE_CHECKING:
     from triptych.engine.base import Engine
+    from triptych.server.jobs import JobStore
 
 _HTTP, _LOCAL, _RAY, _RUNNING = "HTTP", "In this process", "On Ray", "Running"  # headings of --help
 
@@ -37,6 +39,47 @@ def serve(
             rich_help_panel=_HTTP,
         ),
     ] = 30.0,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY|@FILE",
+            envvar="TRIPTYCH_API_KEY",
+            show_envvar=False,
+            help="What every request has to bring: a key, or a file of hashed keys (`triptych key` makes them). Also "
+            "from TRIPTYCH_API_KEY, which other users of the machine cannot see.",
+            rich_help_panel=_HTTP,
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Listen beyond this machine without a key.", rich_help_panel=_HTTP),
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="A site whose pages may use the server: https://example.org; may be repeated.",
+            rich_help_panel=_HTTP,
+        ),
+    ] = None,
+    ssl_certfile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Encrypt, with this certificate.", rich_help_panel=_HTTP)
+    ] = None,
+    ssl_keyfile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Its private key, where not in the same file.", rich_help_panel=_HTTP),
+    ] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where videos are kept, so that they outlive this process; by default a folder for the model.",
+            rich_help_panel=_HTTP,
+        ),
+    ] = None,
+    no_state: Annotated[
+        bool, typer.Option("--no-state", help="Keep nothing beyond this process.", rich_help_panel=_HTTP)
+    ] = False,
     engine: Annotated[
         str | None,
         typer.Option(
@@ -138,6 +181,10 @@ def serve(
     Ctrl-C or SIGTERM lets running requests finish; a second one stops at once.
     """
     with reported(debug), logging_to(stderr_console(), verbose=verbose):
+        if no_state and state_dir is not None:
+            raise UsageError("--no-state keeps nothing, and --state-dir says where: give one of them")
+        if ssl_keyfile is not None and ssl_certfile is None:
+            raise UsageError("--ssl-keyfile: it belongs to a certificate; give --ssl-certfile too")
         devices = {"encoder": encoder, "denoiser": denoiser, "decoder": decoder}
         on_ray = choose_engine(engine, devices, slots, pools, address, disagg_role)
         role = None if disagg_role is None else RoleType(disagg_role)
@@ -159,6 +206,12 @@ def serve(
         if (count := threads_of(threads, on_ray=on_ray)) is not None:
             options["threads"] = count
         shares = by_role("--slots", slots)
+        reach: dict[str, Any] = {
+            "api_key": api_key,
+            "origins": cors_origin,
+            "certificate": ssl_certfile,
+            "private": ssl_keyfile,
+        }
 
         from triptych import embedded  # heavy from here on: everything above is checked first
 
@@ -185,17 +238,41 @@ def serve(
             where: dict[str, Any] = {name: device for name, device in devices.items() if device is not None}
             return LocalEngine(source, **where, slots=shares, **options, **routing)
 
-        _serve(build, host, port, drain)
+        def keep() -> JobStore | None:
+            from triptych.server.jobs import JobStore, open_default
+
+            return None if no_state else open_default(source) if state_dir is None else JobStore(state_dir)
+
+        _serve(build, host, port, drain, keep, **reach, insecure=insecure)
 
 
-def _serve(build: Callable[[], Engine], host: str, port: int, patience: float) -> None:
+def _serve(
+    build: Callable[[], Engine],
+    host: str,
+    port: int,
+    patience: float,
+    keep: Callable[[], JobStore | None],
+    *,
+    api_key: str | None,
+    origins: list[str] | None,
+    certificate: Path | None,
+    private: Path | None,
+    insecure: bool,
+) -> None:
+    from triptych.server.front import Tls
+    from triptych.server.guard import Access, check_exposure
+    from triptych.server.keys import read_keys
     from triptych.server.serve import serve as serve_over_http
+
+    access = Access(() if api_key is None else read_keys(api_key), tuple(origins or ()))
+    tls = None if certificate is None else Tls(certificate, private)
+    check_exposure(host, access, encrypted=tls is not None, insecure=insecure)
 
     def announce(engine: Engine, url: str) -> None:
         told = engine.snapshot()
         _announce(told["replicas"], url, str(told["model"]).rstrip("/").rpartition("/")[2])
 
-    serve_over_http(build, announce, host=host, port=port, patience=patience)
+    serve_over_http(build, announce, host=host, port=port, patience=patience, store=keep(), access=access, tls=tls)
 
 
 def _announce(replicas: list[dict[str, Any]], where: str, model: str | None = None) -> None:

@@ -13,14 +13,19 @@ from triptych.engine.job import Job
 from triptych.engine.replica import Handover
 from triptych.engine.router import Router
 from triptych.engine.warm_up import warm_up_request
+from triptych.errors import UsageError
 from triptych.request import Request
 from triptych.result import Result
 from triptych.roles import RoleType
 from triptych.runtime.model import Model
+from triptych.runtime.preview import Projection
 from triptych.state import State
 
 log = logging.getLogger(__name__)
 
+_PATIENCE = 20.0
+"""Seconds that the first request with previews waits for what they are made with."""
+_FIXED = "this service runs in one process, whose replicas are settled at its start; serve with --pools to change them"
 _CHECK = 0.1
 """Seconds between two looks at the deadlines."""
 
@@ -35,12 +40,15 @@ class Engine(ABC):
 
     front: Model
     router: Router
+    _projection: Projection | None = None
+    _projection_sought = False
 
-    def submit(self, request: Request, *, deadline: float | None = None) -> Job:
+    def submit(self, request: Request, *, deadline: float | None = None, previews: int = 0) -> Job:
         """Take a request on; returns at once.
 
         Args:
             deadline: seconds from now after which it is given up.
+            previews: pictures on the way that are to be told as events; the first request with any may wait here.
 
         Raises:
             UsageError: the request is not acceptable.
@@ -48,6 +56,8 @@ class Engine(ABC):
         """
         state = self.front.admit(request)
         job = Job(deadline=None if deadline is None else time.monotonic() + deadline)
+        if previews > 0 and (projection := self.projection()) is not None:
+            job.previews = previews, projection
         self.router.submit(job, self.hand_in(state), state.fields)
         return job
 
@@ -70,6 +80,24 @@ class Engine(ABC):
         self.router.submit(job, self.hand_in(state), state.fields)
         job.result()
 
+    def projection(self) -> Projection | None:
+        """Return what previews are made with; a decoder fits it when it is first asked for. None where it cannot."""
+        if self._projection is None:
+            first, self._projection_sought = not self._projection_sought, True
+            patience = _PATIENCE if first else 0.0
+            try:
+                self._projection = self.find_projection(patience)
+                if self._projection is None and first:  # perhaps nothing has been decoded yet
+                    self.warm_up()
+                    self._projection = self.find_projection(patience)
+            except Exception as error:  # noqa: BLE001 (a request must not fail for want of previews)
+                log.warning("looking for what previews are made with: %s", error)
+        return self._projection
+
+    @abstractmethod
+    def find_projection(self, timeout: float) -> Projection | None:
+        """Ask the decoders for what previews are made with, for `timeout` seconds at most."""
+
     @abstractmethod
     def hand_in(self, state: State) -> Handover:
         """Bring an admitted request into the form that this engine's replicas take."""
@@ -80,6 +108,22 @@ class Engine(ABC):
 
         What is not finished then is cancelled.
         """
+
+    def scale(self, pool: str, replicas: int) -> None:
+        """Set how many replicas a pool has.
+
+        Raises:
+            UsageError: there is no such pool, the number is not accepted, or this engine's replicas are fixed.
+        """
+        raise UsageError(f"pool={pool!r} cannot be scaled: {_FIXED}")
+
+    def drain(self, name: str) -> None:
+        """Give a replica nothing more, and end it when it has finished what it has.
+
+        Raises:
+            UsageError: there is none of that name, or this engine's replicas are fixed.
+        """
+        raise UsageError(f"replica={name!r} cannot be drained: {_FIXED}")
 
     def ready(self) -> bool:
         """Return whether every role has a replica."""

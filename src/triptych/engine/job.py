@@ -14,6 +14,7 @@ from triptych.errors import Cancelled
 
 if TYPE_CHECKING:
     from triptych.result import Result
+    from triptych.runtime.preview import Projection
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 ENDED = frozenset(("done", "failed", "cancelled"))
@@ -25,7 +26,8 @@ class Event:
 
     Attributes:
         number: counts a request's events from 0.
-        kind: `queued` (position), `started` (role, replica), `step` (stage, step, steps), `retried` (reason), and how
+        kind: `queued` (position), `started` (role, replica), `step` (stage, step, steps), `preview` (step, steps,
+            png: bytes), `retried` (reason), and how
             it ended: `done`, `failed` (reason) or `cancelled`.
         time: seconds since the epoch.
         details: what the kind says.
@@ -47,6 +49,7 @@ class Job:
         deadline: when it must have ended, on `time.monotonic`'s clock.
         lost: why each lost attempt was lost.
         error: why it failed.
+        previews: how many previews are to be made on the way, and with what; None for none.
     """
 
     id: str = field(default_factory=lambda: f"req_{secrets.token_hex(12)}")
@@ -55,6 +58,7 @@ class Job:
     status: Status = "queued"
     lost: list[str] = field(default_factory=list)
     error: Exception | None = None
+    previews: tuple[int, Projection] | None = None
     _result: Result | None = None
     _events: list[Event] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)

@@ -17,8 +17,10 @@ from triptych.engine.replica import Handover, Replica, Ticket
 from triptych.engine.router import Policy, Router
 from triptych.errors import UsageError
 from triptych.roles import WORKERS, RoleType, role_name
+from triptych.runtime.decoder_lane import DecoderLane
 from triptych.runtime.lanes import Lane, StepLane, Work
 from triptych.runtime.model import Model, load
+from triptych.runtime.preview import Previews, Projection
 from triptych.runtime.prompt_cache import PromptCache
 from triptych.state import State
 
@@ -62,6 +64,8 @@ class LanesReplica(Replica):
             many = (threads or {}).get(role)
             if role is RoleType.DENOISER:
                 self.lanes[role] = StepLane(model, f"{name}/{role.value}", threads=many, budget=budget)
+            elif role is RoleType.DECODER:
+                self.lanes[role] = DecoderLane(model, f"{name}/{role.value}", threads=many, exclusive=lock)
             else:
                 self.lanes[role] = Lane(model, f"{name}/{role.value}", threads=many, exclusive=lock)
 
@@ -75,13 +79,19 @@ class LanesReplica(Replica):
             else:
                 ticket.done(ticket, Handover(outcome.next_role, outcome, work.seconds))
 
-        work = Work(state, done, ticket.report, ticket.job.deadline)
+        previews = None if ticket.job.previews is None else Previews(*ticket.job.previews, ticket.show)
+        work = Work(state, done, ticket.report, ticket.job.deadline, previews)
         self._works[ticket] = work
         self.lanes[ticket.role].put(work)
 
     def cancel(self, ticket: Ticket) -> None:
         if (work := self._works.get(ticket)) is not None:
             work.cancel()
+
+    def projection(self, timeout: float) -> Projection | None:
+        """Return what previews are made with, if it has a decoder and that can tell within `timeout` seconds."""
+        lane = self.lanes.get(RoleType.DECODER)
+        return lane.projection(timeout) if isinstance(lane, DecoderLane) else None
 
     def close(self) -> None:
         for lane in self.lanes.values():
@@ -97,6 +107,7 @@ class LanesReplica(Replica):
             if self.prompts is None
             else {"hits": self.prompts.hits, "misses": self.prompts.misses},
             "budget": lane.budget if isinstance(lane, StepLane) else None,
+            "forwards": dict(lane.forwards) if isinstance(lane, StepLane) else None,
         }
 
 
@@ -180,6 +191,10 @@ class LocalEngine(Engine):
 
     def hand_in(self, state: State) -> Handover:
         return Handover(state.next_role, state)
+
+    def find_projection(self, timeout: float) -> Projection | None:
+        replicas = [each for each in self.router.replicas if isinstance(each, LanesReplica)]
+        return next((found for each in replicas if (found := each.projection(timeout)) is not None), None)
 
     def close(self, timeout: float | None = None) -> None:
         self._drain(timeout)

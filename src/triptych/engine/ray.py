@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+import torch
 from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayError
 
 import triptych
@@ -29,6 +30,7 @@ from triptych.engine.router import Policy, Router
 from triptych.errors import ModelError, RemoteError, UsageError, WireError, from_text
 from triptych.roles import RoleType, parse_roles
 from triptych.runtime.model import load
+from triptych.runtime.preview import Projection
 from triptych.state import State
 
 if TYPE_CHECKING:
@@ -73,7 +75,11 @@ class RayReplica(Replica):
     def start(self, ticket: Ticket) -> None:
         name = self._names[ticket] = f"{ticket.job.id}-{secrets.token_hex(4)}"
         left = None if ticket.job.deadline is None else ticket.job.deadline - time.monotonic()
-        outcome, data = self.actor.run.options(num_returns=2).remote(name, ticket.handover.payload, left)
+        previews = None
+        if ticket.job.previews is not None and ticket.role is RoleType.DENOISER:
+            count, projection = ticket.job.previews
+            previews = count, projection.weight.numpy()
+        outcome, data = self.actor.run.options(num_returns=2).remote(name, ticket.handover.payload, left, previews)
         self._when_there(outcome, "finished", ticket, data)
 
     def cancel(self, ticket: Ticket) -> None:
@@ -93,6 +99,8 @@ class RayReplica(Replica):
             step = beat["progress"].get(name)
             if step is not None and ticket.progress != step[1] / step[2]:
                 ticket.report(*step)
+            for preview in beat["previews"].get(name, ()):
+                ticket.show(*preview)
 
     def forget(self, ticket: Ticket) -> None:
         """Take note that a ticket has been answered."""
@@ -187,6 +195,14 @@ class RayEngine(Engine):
     def hand_in(self, state: State) -> Handover:
         data = np.frombuffer(state.to_bytes(), np.uint8)
         return Handover(state.next_role, data if data.nbytes < INLINE else ray.put(data))
+
+    def find_projection(self, timeout: float) -> Projection | None:
+        decoders = [each for each in self.replicas if RoleType.DECODER in each.roles and each.state == "ready"]
+        for replica in decoders:
+            weight = ray.get(replica.actor.projection.remote(timeout), timeout=timeout + 2)
+            if weight is not None:
+                return Projection(torch.tensor(weight))
+        return None
 
     @property
     def replicas(self) -> list[RayReplica]:
@@ -286,7 +302,10 @@ class RayEngine(Engine):
         elif error is not None:
             ticket.done(ticket, RemoteError(str(error)))
         else:
-            ticket.done(ticket, self._outcome(future.result(), data))
+            told = future.result()
+            for preview in told.get("previews", ()):  # those that no heartbeat has told of
+                ticket.show(*preview)
+            ticket.done(ticket, self._outcome(told, data))
 
     def _outcome(self, told: dict[str, Any], data: Any) -> Handover | Exception:
         """Return what a replica's answer means."""

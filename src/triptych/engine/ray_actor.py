@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import triptych
@@ -57,22 +58,32 @@ class ReplicaActor:
         self._replica = LanesReplica(name, model, threads=shares, budget=budget, prompt_cache=prompt_cache, slots=given)
         self._identity = mine
         self._faults = faults or {}
+        self._hops = {"count": 0, "bytes": 0, "seconds": 0.0}
         self._works: dict[str, Any] = {}
         self._progress: dict[str, tuple[str, int, int]] = {}
+        self._previews: dict[str, list[tuple[int, int, bytes]]] = {}
 
     def describe(self) -> dict[str, Any]:
         """Return who and where it is, as plain values."""
         return {
             **self._replica.describe(),
             **self._identity,
+            "hops": dict(self._hops),
             "pid": os.getpid(),
             "host": socket.gethostname(),
         }
 
     def run(
-        self, ticket: str, data: npt.NDArray[np.uint8], seconds_left: float | None
+        self,
+        ticket: str,
+        data: npt.NDArray[np.uint8],
+        seconds_left: float | None,
+        previews: tuple[int, npt.NDArray[np.float32]] | None = None,
     ) -> tuple[dict[str, Any], npt.NDArray[np.uint8]]:
         """Run the next segment of the state in `data`.
+
+        Args:
+            previews: how many are wanted, and the projection to make them with.
 
         Returns what became of it, and the state after it in its wire form (empty where it failed): two Ray objects, so
         that the router reads the first and passes the second on without reading it.
@@ -84,10 +95,14 @@ class ReplicaActor:
         outcome: dict[str, Any] = {}
         after = np.empty(0, np.uint8)
         try:
+            began = time.perf_counter()
             state = State.from_bytes(data.data)
+            self._hop(len(data), time.perf_counter() - began)
             self._replica.model.check_turn(state)
-            finished, seconds = self._compute(ticket, state, seconds_left)
+            finished, seconds = self._compute(ticket, state, seconds_left, previews)
+            began = time.perf_counter()
             after = np.frombuffer(finished.to_bytes(), np.uint8)
+            self._hop(len(after), time.perf_counter() - began)
             if random.random() < self._faults.get("corrupt", 0):
                 after[random.randrange(len(after))] ^= 1
             following = None if finished.next_role is None else finished.next_role.value
@@ -97,12 +112,17 @@ class ReplicaActor:
         finally:
             self._works.pop(ticket, None)
             self._progress.pop(ticket, None)
+            if ticket in self._previews:
+                outcome["previews"] = self._previews.pop(ticket)
         return outcome, after
 
-    def _compute(self, ticket: str, state: Any, seconds_left: float | None) -> tuple[Any, float]:
-        import time
+    def _compute(
+        self, ticket: str, state: Any, seconds_left: float | None, previews: tuple[int, Any] | None
+    ) -> tuple[Any, float]:
+        import torch
 
         from triptych.runtime.lanes import Work
+        from triptych.runtime.preview import Previews, Projection
 
         ended = threading.Event()
         outcomes: list[Any] = []
@@ -115,13 +135,23 @@ class ReplicaActor:
             self._progress[ticket] = stage, step, steps
 
         deadline = None if seconds_left is None else time.monotonic() + seconds_left
-        work = Work(state, done, report, deadline)
+        wanted = None
+        if previews is not None:
+            made = self._previews[ticket] = []
+            projection = Projection(torch.tensor(previews[1]))
+            wanted = Previews(previews[0], projection, lambda *preview: made.append(preview))
+        work = Work(state, done, report, deadline, wanted)
         self._works[ticket] = work
         self._replica.lanes[state.next_role].put(work)
         ended.wait()
         if isinstance(outcomes[0], Exception):
             raise outcomes[0]
         return outcomes[0], work.seconds
+
+    def _hop(self, nbytes: int, seconds: float) -> None:
+        """Count a state that came or went."""
+        for name, value in (("count", 1), ("bytes", nbytes), ("seconds", seconds)):
+            self._hops[name] += value
 
     def cancel(self, ticket: str) -> None:
         """Stop a ticket before its next step."""
@@ -134,7 +164,17 @@ class ReplicaActor:
 
     def beat(self) -> dict[str, Any]:
         """Show that it is alive, and how far its tickets are."""
-        return {"progress": dict(self._progress), "replica": self._replica.describe()}
+        previews = {ticket: list(made) for ticket, made in list(self._previews.items()) if made}
+        return {
+            "progress": dict(self._progress),
+            "previews": previews,
+            "replica": {**self._replica.describe(), "hops": dict(self._hops)},
+        }
+
+    def projection(self, timeout: float) -> npt.NDArray[np.float32] | None:
+        """Return the matrix that previews are made with, if its decoder can tell within `timeout` seconds."""
+        found = self._replica.projection(timeout)
+        return None if found is None else found.weight.numpy()
 
 
 def difference(mine: dict[str, str], expected: dict[str, str]) -> str:

@@ -43,6 +43,7 @@ class Ticket:
         done: called once with what the segment left, or what went wrong.
         progress: the share of it that is done.
         computing: whether it is known to have begun.
+        shown: the step of its last preview.
     """
 
     job: Job
@@ -56,11 +57,18 @@ class Ticket:
     since: float = 0.0
     progress: float = 0.0
     computing: bool = False
+    shown: int = 0
 
     def report(self, stage: str, step: int, steps: int) -> None:
         """Take note of a step, and tell the job."""
         self.progress, self.computing = step / steps, True
         self.job.tell("step", role=self.role.value, stage=stage, step=step, steps=steps)
+
+    def show(self, step: int, steps: int, png: bytes) -> None:
+        """Tell the job of a preview, unless it has been told."""
+        if step > self.shown:
+            self.shown = step
+            self.job.tell("preview", step=step, steps=steps, png=png)
 
 
 @dataclass(eq=False)

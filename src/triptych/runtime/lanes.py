@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ import torch
 from triptych.errors import Cancelled, DeadlineExceeded, TriptychError
 from triptych.runtime import budget
 from triptych.runtime.model import Model
+from triptych.runtime.preview import Previews
 from triptych.runtime.segment import OnStep, Segment, Turn, finish, running
 from triptych.stages.denoising import Denoising, Forward
 from triptych.state import State
@@ -34,6 +35,7 @@ class Work:
         done: told once, in the lane's thread, of the state after the segment, or of what went wrong.
         on_step: told of every denoising step.
         deadline: when it must have ended, on `time.monotonic`'s clock.
+        previews: the pictures on the way that somebody wants to see.
         seconds: what the lane spent on it; its share of forwards that it shared.
     """
 
@@ -41,6 +43,7 @@ class Work:
     done: Callable[[State | Exception], None]
     on_step: OnStep | None = None
     deadline: float | None = None
+    previews: Previews | None = None
     seconds: float = field(default=0.0, init=False)
     _cancelled: bool = field(default=False, init=False)
 
@@ -172,10 +175,12 @@ class StepLane(Lane):
         budget: the size (`Forward.size`) beyond which a forward gains nothing from more rows; 0 keeps requests apart.
             None until it is known: it is measured when the lane is idle for the first time after a request, or recalled
             from an earlier start. Until then requests are kept apart.
+        forwards: how many forwards were shared by how many requests.
     """
 
     def __init__(self, model: Model, name: str, *, threads: int | None = None, budget: int | None = None) -> None:
         self.budget = budget
+        self.forwards: Counter[int] = Counter()
         self._active: list[_Runner] = []
         self._seconds_each = 0.0  # predicted seconds of one element of a forward
         self._sample: tuple[Denoising, Forward] | None = None
@@ -264,6 +269,7 @@ class StepLane(Lane):
                     self._step([runner])
             return
         seconds, size = time.perf_counter() - began, sum(runner.size for runner in chosen)
+        self.forwards[len(chosen)] += 1
         self._seconds_each += (seconds / size - self._seconds_each) * (0.2 if self._seconds_each else 1.0)
         for runner, prediction in zip(chosen, predictions):
             runner.work.seconds += seconds * runner.size / size
@@ -277,8 +283,12 @@ class StepLane(Lane):
         return [[next(flat) for _ in runner.turn.forwards] for runner in chosen]
 
     def _advance(self, runner: _Runner, prediction: list[torch.Tensor]) -> None:
+        previews = runner.work.previews
+        show = None if previews is None else previews.prepare(runner.turn, runner.work.state)
         try:
             runner.turn = runner.segment.send(prediction)
+            if show is not None:
+                show()
         except StopIteration:
             self._leave(runner, runner.work.state)
         except Exception as error:  # noqa: BLE001 (it is the request's end, not the lane's)

@@ -13,15 +13,26 @@ from fastapi import FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 import triptych
 from triptych.errors import ParameterError, TriptychError
 from triptych.server import formats, sse
+from triptych.server.guard import Access, Guard
+from triptych.server.kept_file import KeptFile
+from triptych.server.openai.images import images_router
+from triptych.server.openai.models import models_router
+from triptych.server.openai.videos import videos_router
+from triptych.server.page import page_router
+from triptych.server.pools import pools_router
 from triptych.server.problems import Problem, Refusal, problem_of
 from triptych.server.records import Record
+from triptych.server.resume import resume
 from triptych.server.schema import ErrorBody, RequestStatus, error_body, status_of
 from triptych.server.service import Service
 from triptych.server.submission import Submission
+from triptych.server.telemetry import Telemetry
+from triptych.server.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +46,21 @@ _SUBMISSION = {
 }
 
 
+_CORS: dict[str, Any] = {
+    "allow_methods": ["GET", "POST", "DELETE"],
+    "allow_headers": ["*"],
+    "expose_headers": ["Location", "Retry-After", "Content-Range", "openai-poll-after-ms"],
+}
+
+
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody} for status in statuses}
 
 
-def create_app(service: Service) -> FastAPI:
-    """Return the application that serves a service."""
+def create_app(service: Service, access: Access | None = None) -> FastAPI:
+    """Return the application that serves a service to those who have access."""
     records, limits = service.records, service.limits
+    telemetry = Telemetry(service)
     renderers = CapacityLimiter(_RENDERERS)
 
     @asynccontextmanager
@@ -51,9 +70,13 @@ def create_app(service: Service) -> FastAPI:
                 await asyncio.sleep(_TRIM)
                 records.trim()
 
-        task = asyncio.create_task(trim())
+        tasks = [asyncio.create_task(trim())]
+        if records.store is not None:
+            tasks.append(asyncio.create_task(resume(service, records.store)))
         yield
-        task.cancel()
+        for task in tasks:
+            task.cancel()
+        await to_thread.run_sync(telemetry.close)
 
     app = FastAPI(
         title="Triptych",
@@ -83,6 +106,8 @@ def create_app(service: Service) -> FastAPI:
     async def events(name: str, last_event_id: str | None = Header(None)) -> Response:
         """Tell what happens to a request, as it happens, from after `Last-Event-ID` on."""
         record, start = records.get(name), sse.first_unseen(last_event_id)
+        if start > len(record.events):
+            start = 0  # the server has started anew since, and so has the request
         if record.ended is not None and start >= len(record.events):
             return Response(status_code=204)  # a browser then stops asking
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -108,7 +133,7 @@ def create_app(service: Service) -> FastAPI:
         records.trim()
         filename = f"{record.id}-{index}{wanted.suffix}"
         headers = {"Vary": "Accept"}
-        return FileResponse(
+        return KeptFile(
             path, media_type=wanted.media_type, headers=headers, filename=filename, content_disposition_type="inline"
         )
 
@@ -143,6 +168,17 @@ def create_app(service: Service) -> FastAPI:
             raise Refusal(503, "not_ready", reason)
         return {"status": "ready"}
 
+    app.include_router(page_router(service))
+    app.include_router(pools_router(service))
+    app.include_router(telemetry.router())
+    app.add_middleware(Uploads, limits=limits)
+    app.add_middleware(Guard, access=access or Access())
+    telemetry.install(app)
+    if access is not None and access.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=access.origins, **_CORS)  # the last is the first to be asked
+    app.include_router(videos_router(service))
+    app.include_router(images_router(service))
+    app.include_router(models_router(service))
     return app
 
 

@@ -13,20 +13,34 @@ class Limits:
         body: bytes of a request's JSON, images included.
         images: pictures of one request.
         pixels: of all pictures of one request together.
+        video_pixels: of all frames of one video together.
         deadline: seconds that a request may ask for.
         kept: finished requests that are remembered.
         kept_seconds: how long each of them is.
+        lasting_seconds: how long those are that outlive the server's process.
         kept_bytes: of results on disk; the oldest go first.
         keep_alive: seconds of silence on a stream of events before a comment is sent.
+        steps: denoising steps that a request may ask for: as many events are kept of it.
+        kept_events: of all finished requests together; the oldest requests go first.
+        uploads: bodies of more than 64 KiB that may be on their way at a time.
+        upload_seconds: how long a body may take.
+        upload_silence: how long it may pause.
         linger: seconds that a result which nobody has fetched holds a server back that is to stop.
     """
 
     body: int = 64 * 2**20
     images: int = 16
     pixels: int = 64_000_000
+    video_pixels: int = 2_000_000_000
     deadline: float = 24 * 3600
     kept: int = 1000
     kept_seconds: float = 3600
+    lasting_seconds: float = 24 * 3600
     kept_bytes: int = 4 * 2**30
     keep_alive: float = 15
+    steps: int = 1000
+    kept_events: int = 200_000
+    uploads: int = 16
+    upload_seconds: float = 120
+    upload_silence: float = 20
     linger: float = 5

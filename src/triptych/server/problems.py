@@ -21,6 +21,8 @@ from triptych.errors import (
 
 _LONGEST = 200
 """Characters of a refused value that are sent back."""
+_LONGEST_MESSAGE = 4000
+"""Characters."""
 _LONGEST_WAIT = 600.0
 """Seconds."""
 
@@ -40,6 +42,8 @@ _STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
 class Problem:
     """An error as a caller sees it: `{"error": {"type": ..., "message": ..., ...}}`.
 
+    `param` and `code` are there as well: OpenAI's clients read those.
+
     Attributes:
         status: of the HTTP response.
         type: a word for programs.
@@ -56,7 +60,13 @@ class Problem:
 
     def body(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return {"type": self.type, "message": self.message, **self.details}
+        return {
+            "type": self.type,
+            "message": self.message,
+            "param": self.details.get("field"),
+            "code": self.type,
+            **self.details,
+        }
 
 
 class Refusal(Exception):
@@ -76,6 +86,8 @@ def problem_of(error: Exception) -> Problem:
     headers = {}
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(math.ceil(_wait(error)))
+    if len(message) > _LONGEST_MESSAGE:  # it may repeat what was sent
+        message = f"{message[:_LONGEST_MESSAGE]}..."
     return Problem(status, kind, message, _details(error), headers)
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from anyio import to_thread
 
 from triptych.engine.job import ENDED, Event, Job, Status
+from triptych.errors import Cancelled
+from triptych.result import Result
+from triptych.server.jobs import JobStore
 from triptych.server.limits import Limits
 from triptych.server.problems import Problem, Refusal, problem_of
 from triptych.server.spool import Spool
@@ -35,6 +39,9 @@ class Record:
         lost: why each lost attempt was lost.
         ended: when that was, on `time.monotonic`'s clock.
         fetched: whether a result was asked for.
+        told: what the interface that took it on remembers of it; `object` is `video` for a video of `/v1/videos`.
+        lasting: whether the job store has it too.
+        keep: what is done with the result, in a thread, instead of keeping it on disk for whoever asks.
     """
 
     id: str
@@ -50,6 +57,9 @@ class Record:
     lost: list[str] = field(default_factory=list)
     ended: float | None = None
     fetched: bool = False
+    told: Mapping[str, Any] = field(default_factory=dict)
+    lasting: bool = False
+    keep: Callable[[Result], None] | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def last(self, kind: str) -> dict[str, Any]:
@@ -77,18 +87,28 @@ class Record:
             self.status = "running"
         elif event.kind in ENDED:
             self.status = event.kind  # type: ignore[assignment]
-            self.lost = [] if self.job is None else list(self.job.lost)
-            self.ended, self.job = time.monotonic(), None
+            self.lost += [] if self.job is None else self.job.lost
+            self.ended, self.job, self.keep = time.monotonic(), None, None
+            self.events = [_without_picture(each) for each in self.events]
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _without_picture(event: Event) -> Event:
+    """Return an event as it is remembered: previews have no meaning once the result is there, and are large."""
+    if event.kind != "preview":
+        return event
+    return replace(event, details={name: value for name, value in event.details.items() if name != "png"})
 
 
 class Records:
     """The requests of a server by their ids. Only `listen` may be used outside the event loop's thread."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, store: JobStore | None = None) -> None:
         self.limits = limits
-        self.spool = Spool(limits.kept_bytes)
+        self.store = store
+        self.spool = Spool(limits.kept_bytes, None if store is None else store.results)
+        self.observers: list[Callable[[Job, asyncio.AbstractEventLoop], None]] = []  # told of every job
         self._records: dict[str, Record] = {}  # in the order of arrival
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -107,6 +127,14 @@ class Records:
             kept = f"finished ones are kept for {self.limits.kept_seconds:g} s at most"
             raise Refusal(404, "not_found", f"there is no request {name!r}; {kept}") from None
 
+    def all(self) -> list[Record]:
+        """Return all records in the order of their arrival."""
+        return list(self._records.values())
+
+    def lifetime(self, record: Record) -> float:
+        """Return how many seconds a record is kept after its end, at most."""
+        return self.limits.lasting_seconds if record.lasting else self.limits.kept_seconds
+
     def add(self, record: Record) -> None:
         """Remember a record."""
         self._records[record.id] = record
@@ -121,6 +149,8 @@ class Records:
                 pass  # the loop is closed: the server has gone before the request ended
 
         job.listen(hear)
+        for observe in self.observers:
+            observe(job, loop)
 
     def position(self, record: Record) -> int:
         """Return how many requests came before this one and have not been started either."""
@@ -133,7 +163,7 @@ class Records:
 
     def remove(self, record: Record) -> None:
         """Forget a record and its result."""
-        if self._records.pop(record.id, None) is not None and record.outputs:
+        if self._records.pop(record.id, None) is not None and (record.outputs or record.lasting):
             self._drop(record)
 
     def trim(self) -> None:
@@ -142,11 +172,14 @@ class Records:
             (record for record in self._records.values() if record.ended is not None),
             key=lambda each: each.ended or 0.0,
         )
-        oldest = time.monotonic() - self.limits.kept_seconds
+        now = time.monotonic()
         surplus = len(ended) - self.limits.kept
+        events = sum(len(record.events) for record in ended)
         for k, record in enumerate(ended):
             too_large = record.outputs > 0 and self.spool.nbytes > self.limits.kept_bytes
-            if k < surplus or (record.ended or 0.0) < oldest or too_large:
+            too_many = k < surplus or events > self.limits.kept_events
+            if too_many or (record.ended or 0.0) < now - self.lifetime(record) or too_large:
+                events -= len(record.events)
                 self.remove(record)
 
     def unfinished(self) -> list[Record]:
@@ -157,7 +190,8 @@ class Records:
         """Return whether a request has not ended, or has, a moment ago, and nobody has fetched its result yet."""
         recent = time.monotonic() - self.limits.linger
         return any(
-            record.ended is None or (record.status == "done" and not record.fetched and record.ended > recent)
+            record.ended is None
+            or (record.status == "done" and not record.fetched and not record.lasting and record.ended > recent)
             for record in list(self._records.values())
         )
 
@@ -170,19 +204,51 @@ class Records:
             return
         if event.kind in ("failed", "cancelled") and job is not None and job.error is not None:
             record.error = problem_of(job.error)
+        if record.lasting and event.kind in ("started", "failed", "cancelled"):
+            self._start(self._note(record, event.kind, record.error))
         record.publish(event)
+
+    def give_up(self, record: Record, kind: str, problem: Problem | None = None) -> None:
+        """End a record that has no job: `failed` with a problem, or `cancelled`."""
+        if record.ended is None:
+            record.error = problem or problem_of(Cancelled("the request was cancelled"))
+            if record.lasting:
+                self._start(self._note(record, kind, record.error))
+            details = {"reason": record.error.message} if kind == "failed" else {}
+            record.publish(Event(len(record.events), kind, time.time(), details))
+
+    async def _note(self, record: Record, kind: str, problem: Problem | None = None) -> None:
+        """Have the job store know."""
+        if self.store is None:
+            return
+        if kind == "started":
+            await to_thread.run_sync(self.store.started, record.id)
+            return
+        error = None if problem is None else asdict(problem)
+        ended = partial(self.store.ended, record.id, kind, outputs=record.outputs, timings=record.timings, error=error)
+        await to_thread.run_sync(ended)
 
     async def _keep(self, record: Record, job: Job, event: Event) -> None:
         """Bring a result to the disk, then let its caller know."""
         try:
             result = job.result()
-            await to_thread.run_sync(self.spool.put, record.id, result)
+            if record.keep is not None:
+                await to_thread.run_sync(record.keep, result)
+            elif record.told.get("object") == "video":
+                result.fps = record.told["fps"]
+                await to_thread.run_sync(partial(self.spool.put_video, record.id, result, lasting=record.lasting))
+            else:
+                await to_thread.run_sync(self.spool.put, record.id, result)
         except Exception as error:  # whatever it is, the caller has to be told
             log.error("%s: its result cannot be kept", record.id, exc_info=error)
             record.error = problem_of(error)
+            if record.lasting:
+                await self._note(record, "failed", record.error)
             record.publish(replace(event, kind="failed", details={"reason": record.error.message}))
             return
         record.outputs, record.timings = result.count, result.timings
+        if record.lasting:
+            await self._note(record, "done")
         record.publish(replace(event, details={**event.details, "outputs": result.count}))
         if record.id not in self._records:  # it was removed in the meantime
             self._drop(record)
@@ -190,6 +256,8 @@ class Records:
 
     def _drop(self, record: Record) -> None:
         self.spool.release(record.id)
+        if record.lasting and self.store is not None:
+            self._start(to_thread.run_sync(self.store.forget, record.id))
         self._start(to_thread.run_sync(self.spool.erase, record.id))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:

@@ -17,6 +17,8 @@ class ErrorDetails(BaseModel):
 
     type: str = Field(description="A word for programs: bad_parameter, unknown_parameter, overloaded, not_done, ...")
     message: str = Field(description="A line for people.")
+    param: str | None = Field(None, description="The parameter that is to blame.")
+    code: str | None = Field(None, description="The same as the type.")
 
 
 class ErrorBody(BaseModel):
@@ -85,7 +87,7 @@ def status_of(record: Record, position: int) -> RequestStatus:
         makes=record.makes,
         position=position if record.status == "queued" else None,
         progress=progress,
-        lost=record.lost if record.job is None else list(record.job.lost),
+        lost=[*record.lost, *([] if record.job is None else record.job.lost)],
         outputs=record.outputs if done else None,
         seconds=record.last("done").get("seconds"),
         timings=record.timings if done else None,

@@ -13,7 +13,9 @@ from types import FrameType
 from triptych.engine.base import Engine
 from triptych.errors import TriptychError
 from triptych.server.app import create_app
-from triptych.server.front import Front
+from triptych.server.front import Front, Tls
+from triptych.server.guard import Access
+from triptych.server.jobs import JobStore
 from triptych.server.limits import Limits
 from triptych.server.service import Service
 
@@ -38,6 +40,9 @@ def serve(
     port: int,
     limits: Limits | None = None,
     patience: float = 30.0,
+    store: JobStore | None = None,
+    access: Access | None = None,
+    tls: Tls | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM, which lets running requests finish; a second one does not. For the main thread.
 
@@ -45,13 +50,16 @@ def serve(
         build: makes the engine; until it returns, the server is alive and not ready.
         announce: told of the engine and the URL once it is ready.
         patience: seconds that running requests are given at the end.
+        store: keeps videos beyond this process; closed at the end.
+        access: who may ask; everybody, where left out.
+        tls: what to encrypt with; None for plain HTTP.
 
     Raises:
         TriptychError: the engine cannot be made, or the address is taken.
     """
-    service = Service(limits)
+    service = Service(limits, store=store)
     try:
-        with Front(create_app(service), host, port) as front:
+        with Front(create_app(service, access), host, port, tls) as front:
             engine = build()
             try:
                 service.engine = engine
@@ -64,11 +72,15 @@ def serve(
                     drain(service, patience, stop)
             finally:
                 service.draining = True
+                if store is not None:
+                    store.close()  # from here on nothing is noted: what has not ended is left to the next server
                 if cancelled := service.cancel_all():
                     log.warning("%d requests had not finished: they are cancelled", cancelled)
                 engine.close(timeout=0)
     finally:
         service.records.spool.close()
+        if store is not None:
+            store.close()
 
 
 def drain(service: Service, patience: float, stop: Stop) -> None:

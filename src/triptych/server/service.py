@@ -10,6 +10,7 @@ from anyio import to_thread
 
 import triptych
 from triptych.engine.base import Engine
+from triptych.server.jobs import JobStore
 from triptych.server.limits import Limits
 from triptych.server.problems import Refusal
 from triptych.server.records import Record, Records
@@ -31,9 +32,11 @@ class Service:
         draining: whether nothing new is taken on, because the server is to stop.
     """
 
-    def __init__(self, limits: Limits | None = None, engine: Engine | None = None) -> None:
+    def __init__(
+        self, limits: Limits | None = None, engine: Engine | None = None, store: JobStore | None = None
+    ) -> None:
         self.limits = limits or Limits()
-        self.records = Records(self.limits)
+        self.records = Records(self.limits, store)
         self.engine = engine
         self.draining = False
 
@@ -67,7 +70,7 @@ class Service:
         def admit() -> Record:
             submission = parse(body, self.limits)
             request = request_of(submission, self.limits)
-            job = engine.submit(request, deadline=submission.deadline)
+            job = engine.submit(request, deadline=submission.deadline, previews=submission.previews)
             seed, kind = int(str(request.parameters["seed"])), makes(engine.front.family.recipe)
             record = Record(job.id, job, seed, kind or "images", job.created)
             self.records.listen(record, job, loop)
@@ -81,6 +84,8 @@ class Service:
         """Stop a request, if it has not ended."""
         if (job := record.job) is not None:
             await to_thread.run_sync(job.cancel)
+        else:
+            self.records.give_up(record, "cancelled")  # one of the server before, which has not been run again yet
 
     def snapshot(self) -> dict[str, Any]:
         """Return how things stand, as JSON values; asks the engine, so not for the event loop's thread."""

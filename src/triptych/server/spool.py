@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from triptych.errors import TriptychError
+from triptych.errors import TriptychError, UsageError
 from triptych.result import Result, numbered
 
-_RESULT = "result.safetensors"
+_RESULT, _THUMBNAIL = "result.safetensors", "thumbnail.webp"
+_THUMBNAIL_SIDE = 512
+"""Pixels of its longer side, at most."""
 
 
 class SpoolError(TriptychError):
@@ -23,15 +27,21 @@ class Spool:
 
     Attributes:
         quota: bytes; a result that is larger than it by itself is not kept.
+        lasting: a folder for the results that are to outlive the process; what is there already is held.
         nbytes: held now. Whoever uses the spool drops results until it is within the quota.
     """
 
-    def __init__(self, quota: int) -> None:
+    def __init__(self, quota: int, lasting: Path | None = None) -> None:
         self.quota = quota
+        self.lasting = lasting
         self._temporary = TemporaryDirectory(prefix="triptych-results-")
-        self.nbytes = 0
+        self._lasting: set[str] = set()
         self._sizes: dict[str, int] = {}
         self._lock = threading.Lock()
+        for folder in () if lasting is None else lasting.iterdir():
+            self._lasting.add(folder.name)
+            self._sizes[folder.name] = sum(each.stat().st_size for each in folder.iterdir())
+        self.nbytes = sum(self._sizes.values())
 
     def put(self, name: str, result: Result) -> None:
         """Keep a result.
@@ -56,6 +66,75 @@ class Spool:
         with self._lock:
             self._sizes[name] = len(data)
             self.nbytes += len(data)
+
+    def put_files(self, name: str, suffix: str, files: Sequence[bytes]) -> None:
+        """Keep a result as the files that will be asked for, in this format only.
+
+        Raises:
+            SpoolError: it is too large.
+            OSError: the disk is full.
+        """
+        size = sum(map(len, files))
+        if size > self.quota:
+            raise SpoolError(f"the result of {size} bytes is larger than the {self.quota} kept of all results")
+        folder = self._folder(name)
+        folder.mkdir()
+        try:
+            for path, file in zip(numbered(folder / f"output{suffix}", len(files)), files):
+                path.write_bytes(file)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        with self._lock:
+            self._sizes[name] = size
+            self.nbytes += size
+
+    def put_video(self, name: str, result: Result, *, lasting: bool) -> None:
+        """Keep a result of one video as the files that are asked for: an MP4 and a small picture of its first frame.
+
+        The frames themselves are not kept: they are some fifty times as large.
+
+        Raises:
+            SpoolError: it is too large.
+            UsageError: it is not one video.
+            OSError: the disk is full.
+        """
+        if lasting:
+            self._lasting.add(name)
+        folder = self._folder(name)
+        partial = folder.with_name(f".{name}.partial")
+        for left_behind in (folder, partial):
+            shutil.rmtree(left_behind, ignore_errors=True)
+        partial.mkdir()
+        try:
+            if len(result.save(partial / "output.mp4")) != 1:
+                raise UsageError("one video is kept, not several")
+            _save_thumbnail(result, partial / _THUMBNAIL)
+            size = 0
+            for each in partial.iterdir():
+                size += each.stat().st_size
+                _to_disk(each)
+            if size > self.quota:
+                raise SpoolError(f"the result of {size} bytes is larger than the {self.quota} kept of all results")
+            os.replace(partial, folder)
+            _to_disk(folder.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        with self._lock:
+            self._sizes[name] = size
+            self.nbytes += size
+
+    def thumbnail(self, name: str) -> Path:
+        """Return the small picture of a video.
+
+        Raises:
+            FileNotFoundError: the result was dropped.
+        """
+        path = self._folder(name) / _THUMBNAIL
+        if not path.exists():
+            raise FileNotFoundError(name)
+        return path
 
     def file(self, name: str, index: int, count: int, suffix: str) -> Path:
         """Return one of a result's `count` outputs as a file of the suffix's format; made when first asked for.
@@ -82,9 +161,10 @@ class Spool:
     def erase(self, name: str) -> None:
         """Remove the files of a result."""
         shutil.rmtree(self._folder(name), ignore_errors=True)
+        self._lasting.discard(name)
 
     def close(self) -> None:
-        """Forget all of them."""
+        """Forget all of them but the lasting ones."""
         self._temporary.cleanup()
 
     def _count(self, name: str, size: int) -> None:
@@ -97,4 +177,24 @@ class Spool:
         raise FileNotFoundError(name)
 
     def _folder(self, name: str) -> Path:
-        return Path(self._temporary.name, name)
+        return (self.lasting if name in self._lasting and self.lasting else Path(self._temporary.name)) / name
+
+
+def _save_thumbnail(result: Result, path: Path) -> None:
+    """Save the first frame of a video, made smaller."""
+    from PIL import Image
+
+    frames: Any = result.frames
+    Result(seed=result.seed, images=frames[0][:1]).save(path)
+    with Image.open(path) as image:
+        image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+        image.save(path, "WEBP", quality=85)
+
+
+def _to_disk(path: Path) -> None:
+    """Have what was written survive a power failure."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

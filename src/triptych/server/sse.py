@@ -5,6 +5,7 @@ The format: https://html.spec.whatwg.org/multipage/server-sent-events.html
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import AsyncIterator
 
@@ -23,8 +24,14 @@ def first_unseen(last_event_id: str | None) -> int:
 
 def encode(record: Record, event: Event) -> str:
     """Return one event as text."""
-    data = json.dumps({"request": record.id, "time": event.time, **event.details})
+    data = json.dumps({"request": record.id, "time": event.time, **event.details}, default=_base64)
     return f"id: {event.number}\nevent: {event.kind}\ndata: {data}\n\n"
+
+
+def _base64(value: object) -> str:
+    if not isinstance(value, bytes):
+        raise TypeError(f"{type(value).__name__} is no JSON")
+    return base64.b64encode(value).decode("ascii")
 
 
 async def stream(record: Record, start: int, keep_alive: float) -> AsyncIterator[str]:

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Of pictures that are read."""
 
-_PICTURE = re.compile(r"(^|_)image$")
-_TENSOR = re.compile(r"(^video|latents|embeds|mask|token_ids|token_image_ids|grid_thw)(_\d+)?$")
+PICTURE = re.compile(r"(^|_)image$")
+"""Names of parameters that are pictures."""
+TENSOR = re.compile(r"(^video|latents|embeds|mask|token_ids|token_image_ids|grid_thw)(_\d+)?$")
+"""Names of parameters that HTTP does not carry."""
 _LARGEST = 2**64  # beyond it no parameter has a meaning, and floats end somewhere
 _DATA_URL = re.compile(r"data:[^,]*;base64,")
 
@@ -36,7 +38,8 @@ class Submission(BaseModel):
         description="The request's parameters by name, as `triptych families NAME` lists them. Pictures are data URLs "
         "or base64. `exact` is false unless given."
     )
-    deadline: float | None = Field(None, description="Seconds from now after which the request is given up.")
+    previews: int = Field(default=0, ge=0, le=3, description="Previews among the events, at steps of equal distance.")
+    deadline: float | None = Field(default=None, description="Seconds from now after which the request is given up.")
 
 
 def parse(body: bytes, limits: Limits) -> Submission:
@@ -64,17 +67,20 @@ def request_of(submission: Submission, limits: Limits) -> Request:
     values: dict[str, Any] = {}
     pictures = _Pictures(limits)
     for name, value in submission.parameters.items():
-        if value is not None and _PICTURE.search(name):
+        if value is not None and PICTURE.search(name):
             values[name] = (
                 [pictures.open(name, each) for each in value] if isinstance(value, list) else pictures.open(name, value)
             )
-        elif value is not None and _TENSOR.search(name):
+        elif value is not None and TENSOR.search(name):
             raise ParameterError(name, value, "tensors and videos cannot be sent over HTTP")
         else:
             _check_plain(name, value, depth=3)
             values[name] = value
     if values.get("output_type") == "latent":
         raise ParameterError("output_type", "latent", "one of pil, np, pt is accepted: latents are no file")
+    steps = values.get("num_inference_steps")
+    if isinstance(steps, int) and steps > limits.steps:
+        raise ParameterError("num_inference_steps", steps, f"at most {limits.steps} steps are accepted")
     if values.get("exact") is None:
         values["exact"] = False
     if values.get("seed") is None:
@@ -141,7 +147,9 @@ def _explained(error: ValidationError) -> UsageError:
     if first["type"] == "extra_forbidden":
         close = get_close_matches(name, Submission.model_fields, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "a request's parameters go under 'parameters'"
-        return ParameterError(name, first["input"], f"the body has only 'parameters' and 'deadline'; {hint}")
+        return ParameterError(
+            name, first["input"], f"the body has only 'parameters', 'previews' and 'deadline'; {hint}"
+        )
     if first["type"] == "missing":
         return ParameterError(name, None, "it is missing: an object of parameters is accepted")
     return ParameterError(name, first["input"], first["msg"])

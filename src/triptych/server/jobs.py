@@ -1,0 +1,301 @@
+"""The job store: requests that outlive the server's process, in one folder on disk.
+
+SQLite says what there is and how it stands; what a request was given lies beside it as the JSON that was submitted, its
+pictures included, and what came of it under `results`. A file is complete before the row that speaks of it is written,
+so whatever moment the process dies in, the folder can be read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from triptych.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1
+"""Of the table; a folder with another one is left alone."""
+_SIBLINGS = 16
+"""Servers of one model that find a default folder of their own."""
+
+_TABLE = """
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT UNIQUE NOT NULL,
+    model TEXT NOT NULL,
+    makes TEXT NOT NULL,
+    seed TEXT NOT NULL,
+    created REAL NOT NULL,
+    told TEXT NOT NULL,
+    status TEXT NOT NULL,
+    interruptions INTEGER NOT NULL DEFAULT 0,
+    ended REAL,
+    outputs INTEGER NOT NULL DEFAULT 0,
+    timings TEXT NOT NULL DEFAULT '{}',
+    error TEXT
+)
+"""
+
+
+@dataclass(frozen=True)
+class StoredJob:
+    """A request as the store knows it.
+
+    Attributes:
+        id: names it.
+        model: the fingerprint of the model that it was accepted for.
+        makes: `images` or `videos`.
+        seed: drawn or given; as text on disk, because SQLite's integers end at 2**63.
+        created: seconds since the epoch.
+        told: what the interface that took it on remembers of it, as JSON values.
+        status: `queued`, `running`, `done`, `failed` or `cancelled`.
+        interruptions: how often the server's process died while it ran.
+        ended: seconds since the epoch.
+        outputs: how many results there are.
+        timings: seconds of each stage.
+        error: why there is no result: `status`, `type`, `message` and `details` of a problem.
+    """
+
+    id: str
+    model: str
+    makes: str
+    seed: int
+    created: float
+    told: Mapping[str, Any] = field(default_factory=dict)
+    status: str = "queued"
+    interruptions: int = 0
+    ended: float | None = None
+    outputs: int = 0
+    timings: Mapping[str, float] = field(default_factory=dict)
+    error: Mapping[str, Any] | None = None
+
+
+class JobStore:
+    """Keeps jobs in a folder that no other process uses meanwhile. Blocks on the disk: not for the event loop's thread.
+
+    Attributes:
+        folder: where all of it lies; only its owner may read it.
+        results: where the results' folders lie.
+
+    Raises:
+        UsageError: the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.results, self._inputs = folder / "results", folder / "inputs"
+        try:
+            for each in (folder, self.results, self._inputs):
+                each.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._owner = _lock(folder)
+        except OSError as error:
+            raise UsageError(f"--state-dir {folder}: {error.strerror or error}") from None
+        self._lock = threading.Lock()
+        self._open = True
+        try:
+            self._database = self._connect()
+        except BaseException:
+            self._owner.close()
+            raise
+        self._sweep()
+
+    def _connect(self) -> sqlite3.Connection:
+        path = self.folder / "jobs.sqlite3"
+        try:
+            database = sqlite3.connect(path, check_same_thread=False)
+            database.row_factory = sqlite3.Row
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = FULL")
+            version = database.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                with database:
+                    database.execute(_TABLE)
+                    database.execute(f"PRAGMA user_version = {_VERSION}")
+        except sqlite3.Error as error:
+            raise UsageError(f"{path}: {error}; move it away to begin anew") from None
+        if version not in (0, _VERSION):
+            database.close()
+            raise UsageError(f"{path} is of version {version}, and this Triptych reads version {_VERSION}")
+        return database
+
+    def _sweep(self) -> None:
+        """Remove the files that no row speaks of: their process died before it wrote one, or after it was removed."""
+        jobs = {job.id: job for job in self.all()}
+        for path in self._inputs.iterdir():
+            if path.stem not in jobs or jobs[path.stem].ended is not None:
+                path.unlink(missing_ok=True)
+        for path in self.results.iterdir():
+            if path.name not in jobs or jobs[path.name].status != "done":
+                shutil.rmtree(path, ignore_errors=True)
+
+    def add(self, job: StoredJob, submission: bytes) -> None:
+        """Keep a job that has just been accepted, and what was submitted.
+
+        Raises:
+            OSError, sqlite3.Error: the disk is full.
+        """
+        path = self._input(job.id)
+        write_atomically(path, submission)
+        with self._lock:
+            if self._open:
+                with self._database:
+                    self._database.execute(
+                        "INSERT INTO jobs (id, model, makes, seed, created, told, status) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                        (job.id, job.model, job.makes, str(job.seed), job.created, json.dumps(job.told), job.status),
+                    )
+
+    def submission(self, name: str) -> bytes:
+        """Return what was submitted.
+
+        Raises:
+            OSError: it is not there: the job has ended.
+        """
+        return self._input(name).read_bytes()
+
+    def submitted_bytes(self) -> int:
+        """Return how much is kept of jobs that have not ended."""
+        return sum(path.stat().st_size for path in self._inputs.glob("*.json"))
+
+    def started(self, name: str) -> None:
+        """Note that a job runs."""
+        self._write("UPDATE jobs SET status = 'running' WHERE id = ? AND status = 'queued'", name)
+
+    def ended(
+        self,
+        name: str,
+        status: str,
+        *,
+        outputs: int = 0,
+        timings: Mapping[str, float] | None = None,
+        error: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Note how a job ended, unless that was noted before; its result, if there is one, must be on disk already."""
+        told = None if error is None else json.dumps(error, default=str)
+        self._write(
+            "UPDATE jobs SET status = ?, ended = ?, outputs = ?, timings = ?, error = ? WHERE id = ? AND ended IS NULL",
+            *(status, time.time(), outputs, json.dumps(dict(timings or {})), told, name),
+        )
+        if self._open:
+            self._input(name).unlink(missing_ok=True)
+
+    def interrupted(self, name: str) -> int:
+        """Note that the process died while a job ran; returns how often that has happened. It is queued again."""
+        self._write("UPDATE jobs SET status = 'queued', interruptions = interruptions + 1 WHERE id = ?", name)
+        return next((job.interruptions for job in self.all() if job.id == name), 0)
+
+    def forget(self, name: str) -> None:
+        """Remove a job, whatever its status; its result is removed by the spool."""
+        self._write("DELETE FROM jobs WHERE id = ?", name)
+        if self._open:
+            self._input(name).unlink(missing_ok=True)
+
+    def all(self) -> list[StoredJob]:
+        """Return all jobs in the order of their arrival."""
+        with self._lock:
+            rows = self._database.execute("SELECT * FROM jobs ORDER BY number").fetchall() if self._open else []
+        return [_job(row) for row in rows]
+
+    def close(self) -> None:
+        """Leave everything to the next process: jobs that run are queued, and what happens from now on is not noted."""
+        self._write("UPDATE jobs SET status = 'queued' WHERE status = 'running'")
+        with self._lock:
+            if self._open:
+                self._open = False
+                self._database.close()
+                self._owner.close()
+
+    def _write(self, statement: str, *values: object) -> None:
+        with self._lock:
+            if self._open:
+                with self._database:
+                    self._database.execute(statement, values)
+
+    def _input(self, name: str) -> Path:
+        return self._inputs / f"{name}.json"
+
+
+def default_folder(source: str) -> Path:
+    """Return the folder of a model's jobs: below `$TRIPTYCH_CACHE`, or where the system keeps users' state.
+
+    Two models do not share one, since a job can only be run by the model that it was submitted to. A second server of
+    the same model gets the next folder.
+    """
+    cache, state = os.environ.get("TRIPTYCH_CACHE"), os.environ.get("XDG_STATE_HOME")
+    base = Path(cache, "state") if cache else Path(state or Path.home() / ".local" / "state", "triptych")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.rstrip("/").rpartition("/")[2])[:60] or "model"
+    return base / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+
+
+def open_default(source: str) -> JobStore | None:
+    """Return the store of a model's default folder, or of the next one where another server has it.
+
+    None, with a warning, where none can be had: nobody asked for this folder.
+    """
+    first = default_folder(source)
+    for number in range(1, _SIBLINGS + 1):
+        try:
+            return JobStore(first if number == 1 else first.with_name(f"{first.name}-{number}"))
+        except FolderTakenError:
+            continue
+        except UsageError as error:
+            log.warning("nothing is kept beyond this process: %s", error)
+            return None
+    log.warning("nothing is kept beyond this process: %d servers of this model run already", _SIBLINGS)
+    return None
+
+
+class FolderTakenError(UsageError):
+    """Another server uses the folder."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is there in full or not at all, even after a power failure."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _lock(folder: Path) -> TextIO:
+    """Take the folder for this process; the system gives it back when the process ends, however it ends."""
+    file = open(folder / "lock", "a")  # noqa: SIM115 (held until the store is closed)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise FolderTakenError(f"--state-dir {folder}: another server uses this folder") from None
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _job(row: sqlite3.Row) -> StoredJob:
+    plain = {key: value for key, value in dict(row).items() if key != "number"}
+    told = {key: json.loads(plain[key]) for key in ("told", "timings")}
+    error = None if plain["error"] is None else json.loads(plain["error"])
+    return StoredJob(**{**plain, **told, "error": error, "seed": int(plain["seed"])})

@@ -1,0 +1,23 @@
+"""Files of results that may be dropped while they are on their way out."""
+
+from __future__ import annotations
+
+import os
+
+from anyio import to_thread
+from fastapi.responses import FileResponse
+from starlette.types import Receive, Scope, Send
+
+from triptych.server.problems import Refusal
+
+
+class KeptFile(FileResponse):
+    """A file of a result; 404 where the result was dropped between the file's making and its sending."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self.stat_result = await to_thread.run_sync(os.stat, self.path)
+        except FileNotFoundError:
+            raise Refusal(404, "not_found", "this result is no longer kept") from None
+        self.set_stat_headers(self.stat_result)
+        await super().__call__(scope, receive, send)

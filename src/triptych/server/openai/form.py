@@ -1,0 +1,131 @@
+"""Forms: the fields of a body in JSON or as multipart/form-data, never more of it than is accepted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from triptych.errors import ParameterError, UsageError
+from triptych.server.problems import Refusal
+
+_FIELDS = 128
+"""Of one form."""
+_NESTED = re.compile(r"([^\[\]]+)\[([^\[\]]*)\]")
+
+
+class Fields(dict[str, Any]):
+    """What a body says, by name. Of a form, values are texts, `bytes` of files, lists and objects of them.
+
+    Attributes:
+        texts: whether all values came as texts, so that `7` may be a number.
+    """
+
+    texts: bool = False
+
+
+async def read_fields(request: Request, most: int, files: int) -> Fields:
+    """Return the fields of a request's body.
+
+    Args:
+        most: bytes of the body that are accepted.
+        files: files that are.
+
+    Raises:
+        Refusal: it is too long, or of another kind.
+        UsageError: it is not what it says it is.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await _form(request, most, files)
+    if kind not in ("", "application/json", "application/x-www-form-urlencoded"):  # the last: curl's default
+        raise Refusal(415, "unsupported_media_type", f"{kind}: application/json or multipart/form-data is accepted")
+    body = bytearray()
+    async for chunk in _bounded(request, most):
+        body += chunk
+    try:
+        value = json.loads(bytes(body))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the body is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError("the body is not what is accepted: an object of fields is")
+    return Fields(value)
+
+
+async def _form(request: Request, most: int, files: int) -> Fields:
+    parser = MultiPartParser(request.headers, _bounded(request, most), max_files=files, max_fields=_FIELDS)
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise UsageError(f"the form cannot be read: {error.message}") from None
+    fields = Fields()
+    fields.texts = True
+    try:
+        for name, value in form.multi_items():
+            _add(fields, name, await value.read() if isinstance(value, UploadFile) else value)
+    finally:
+        await form.close()
+    return fields
+
+
+def _add(fields: Fields, name: str, value: str | bytes) -> None:
+    """Add a field of a form: `name`, `name[]` for one of a list, `name[key]` for one of an object."""
+    nested = _NESTED.fullmatch(name)
+    if nested is None:
+        if name in fields:
+            raise ParameterError(name, _told(value), "it is given twice")
+        fields[name] = value
+        return
+    name, key = nested.groups()
+    held = fields.setdefault(name, {} if key else [])
+    if isinstance(held, dict) and key and key not in held:
+        held[key] = value
+    elif isinstance(held, list) and not key:
+        held.append(value)
+    else:
+        raise ParameterError(name, _told(value), "it is given twice, in two ways")
+
+
+def _told(value: str | bytes) -> str:
+    return value if isinstance(value, str) else f"{len(value)} bytes"
+
+
+async def _bounded(request: Request, most: int) -> AsyncGenerator[bytes, None]:
+    too_large = Refusal(413, "too_large", f"a request of at most {most} bytes is accepted")
+    announced = request.headers.get("content-length", "0")
+    if announced.isdigit() and int(announced) > most:
+        raise too_large
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > most:
+            raise too_large
+        yield chunk
+
+
+def settle_texts(fields: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
+    """Return a form's fields with those that are numbers, flags or lists (by their `kinds`) read as JSON."""
+    settled = dict(fields)
+    for name, value in fields.items():
+        kind = kinds.get(name)
+        if kind in (None, "text", "image", "images"):
+            continue
+        if isinstance(value, str):
+            settled[name] = _plain(value)
+        elif isinstance(value, list):
+            settled[name] = [_plain(each) if isinstance(each, str) else each for each in value]
+    return settled
+
+
+def _plain(text: str) -> Any:
+    if not text:
+        return None  # how clients send none
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # whoever checks the value says what is accepted

@@ -1,0 +1,228 @@
+"""`/v1/images`: pictures as the official clients ask for them, at once or as a stream with previews."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from triptych.result import Result
+from triptych.server.kept_file import KeptFile
+from triptych.server.openai.form import read_fields
+from triptych.server.openai.image_answer import SUFFIXES, Files, ImagesAnswer, converted, event
+from triptych.server.openai.image_order import OWN, PREVIEWS, QUALITIES, order_of
+from triptych.server.problems import Problem, Refusal
+from triptych.server.records import Record
+from triptych.server.schema import ErrorBody
+from triptych.server.service import Service
+
+FILES = "/v1/images/files"
+"""Below which pictures are fetched without a key: their names cannot be guessed."""
+_CLOSED = 499
+"""What nobody reads any more; nginx's word for it."""
+
+_FIELDS: dict[str, Any] = {
+    **{name: {"type": {"text": "string", "flag": "boolean"}.get(kind, kind)} for name, kind in OWN.items()},
+    "prompt": {"type": "string"},
+    "n": {"type": "integer", "minimum": 1, "maximum": 10},
+    "size": {"type": "string", "description": "auto, or WIDTHxHEIGHT."},
+    "quality": {"type": "string", "enum": list(QUALITIES), "description": "Decides over the number of steps."},
+    "output_format": {"type": "string", "enum": list(SUFFIXES)},
+    "response_format": {"type": "string", "enum": ["b64_json", "url"]},
+    "partial_images": {"type": "integer", "minimum": 0, "maximum": PREVIEWS},
+}
+_OF_FAMILY = "The family's own parameters (`GET /v1/parameters`) go beside these."
+
+
+def _body(kind: str, required: list[str], **more: Any) -> dict[str, Any]:
+    schema = {"type": "object", "required": required, "properties": {**_FIELDS, **more}}
+    return {"requestBody": {"required": True, "description": _OF_FAMILY, "content": {kind: {"schema": schema}}}}
+
+
+_FILE = {"type": "string", "format": "binary"}
+_PICTURES = {"oneOf": [_FILE, {"type": "array", "items": _FILE, "maxItems": 16}]}
+_GENERATION = _body("application/json", ["prompt"])
+_EDIT = _body("multipart/form-data", ["prompt", "image"], image=_PICTURES, mask=_FILE)
+_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+
+
+def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorBody} for status in statuses}
+
+
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"model": ImagesAnswer, "content": _STREAM},
+    **_answers(400, 404, 410, 413, 415, 429, 500, 503, 504),
+}
+
+
+def images_router(service: Service) -> APIRouter:
+    """Return the routes of `/v1/images`."""
+    router = APIRouter(prefix="/v1/images", tags=["images"])
+
+    @router.post("/generations", response_model=None, responses=_ANSWERS, openapi_extra=_GENERATION)
+    async def generate(request: Request) -> Response:
+        """Make pictures from a prompt. A caller that goes away stops it before its next step."""
+        return await _serve(service, request, edit=False)
+
+    @router.post("/edits", response_model=None, responses=_ANSWERS, openapi_extra=_EDIT)
+    async def edit(request: Request) -> Response:
+        """Make pictures from a prompt and other pictures."""
+        return await _serve(service, request, edit=True)
+
+    @router.get("/files/{name}/{file}", response_class=FileResponse, responses=_answers(404))
+    async def fetch(name: str, file: str) -> Response:
+        """Hand over a picture that was asked for with `response_format=url`."""
+        record = service.records.get(name)
+        suffix = str(record.told.get("suffix") or "/")  # which no name ends with
+        number = file.removesuffix(suffix)
+        if (
+            number == file
+            or len(number) > 3
+            or not number.isascii()
+            or not number.isdecimal()
+            or int(number) >= record.outputs
+        ):
+            raise Refusal(404, "not_found", f"there is no picture {file[:20]!r} of this request")
+        work = (record.id, int(number), record.outputs, suffix)
+        try:
+            path = await to_thread.run_sync(service.records.spool.file, *work)
+        except FileNotFoundError:
+            raise Refusal(404, "not_found", "this picture is no longer kept") from None
+        record.fetched = True
+        return KeptFile(path, filename=path.name, content_disposition_type="inline")
+
+    return router
+
+
+async def _serve(service: Service, request: Request, *, edit: bool) -> Response:
+    engine, limits = service.open_engine(), service.limits  # before the body is read
+    fields = await read_fields(request, limits.body, limits.images + 1)  # and a mask
+    order = await to_thread.run_sync(partial(order_of, fields, engine, limits, edit=edit))
+    files = Files(order)
+    record = await _take_on(service, files)
+    if order.stream:
+        kind = "image_edit" if edit else "image_generation"
+        return _Stream(service, record, _events(record, files, kind, limits.keep_alive))
+    if not await _ended(record, request):
+        await service.cancel(record)
+        service.records.remove(record)
+        return Response(status_code=_CLOSED)
+    record.fetched = not order.links
+    if record.status != "done":
+        refusal = Refusal(500, "internal", "")
+        refusal.problem = _problem(record)
+        raise refusal
+    count = len(files.data) if order.links else 0
+    links = [
+        f"{str(request.base_url).rstrip('/')}{FILES}/{record.id}/{k}{SUFFIXES[order.format]}" for k in range(count)
+    ]
+    return Response(await to_thread.run_sync(_json, files, record.seed, links), media_type="application/json")
+
+
+def _json(files: Files, seed: int, links: list[str]) -> bytes:
+    return files.answer(seed, links).model_dump_json().encode()
+
+
+async def _take_on(service: Service, files: Files) -> Record:
+    """Have the engine make an order's pictures.
+
+    Raises:
+        UsageError, OverloadedError: it does not.
+    """
+    loop, records, engine, order = asyncio.get_running_loop(), service.records, service.open_engine(), files.order
+    name, suffix = f"image_{secrets.token_hex(16)}", SUFFIXES[order.format]
+
+    def keep(result: Result) -> None:
+        files.fill(result)
+        if order.links:
+            records.spool.put_files(name, suffix, files.data)
+
+    told = {"object": "image", "suffix": suffix if order.links else None}
+    record = Record(name, None, 0, "images", time.time(), told=told, keep=keep)
+
+    def admit() -> None:
+        record.job = engine.submit(order.request, previews=order.previews)
+        record.seed = int(str(order.request.parameters["seed"]))  # the engine has checked it
+        records.listen(record, record.job, loop)
+
+    records.add(record)
+    try:
+        await to_thread.run_sync(admit)
+    except BaseException:
+        records.remove(record)
+        raise
+    return record
+
+
+async def _ended(record: Record, request: Request) -> bool:
+    """Wait for a request's end; returns False where its caller went away before."""
+
+    async def follow() -> None:
+        async for _ in record.follow(0, 60.0):
+            pass
+
+    async def leave() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    end, gone = asyncio.create_task(follow()), asyncio.create_task(leave())
+    try:
+        await asyncio.wait({end, gone}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        end.cancel()
+        gone.cancel()
+    return record.ended is not None
+
+
+async def _events(record: Record, files: Files, kind: str, keep_alive: float) -> AsyncIterator[str]:
+    """Yield a stream of pictures as server-sent events."""
+    order, index = files.order, 0
+    async for each in record.follow(0, keep_alive):
+        if each is None:
+            yield ": still here\n\n"
+        elif each.kind == "preview" and index < order.previews and "png" in each.details:
+            file, size = await to_thread.run_sync(converted, each.details["png"], order)
+            yield _encoded(event(order, f"{kind}.partial_image", file, size, partial_image_index=index))
+            index += 1
+    record.fetched = True
+    if record.status == "done":
+        more = {"usage": files.usage().model_dump(), "seed": record.seed}
+        yield _encoded(event(order, f"{kind}.completed", files.data[0], files.size, **more))
+    else:
+        yield _encoded({"type": "error", "error": _problem(record).body()})
+
+
+def _encoded(told: dict[str, Any]) -> str:
+    return f"event: {told['type']}\ndata: {json.dumps(told)}\n\n"
+
+
+def _problem(record: Record) -> Problem:
+    return record.error or Problem(410, record.status, f"the request was {record.status}")
+
+
+class _Stream(StreamingResponse):
+    """A stream whose end, whatever it is, stops the request that it tells of."""
+
+    def __init__(self, service: Service, record: Record, events: AsyncIterator[str]) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._service, self._record = service, record
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if self._record.ended is None and self._record.job is not None:
+                # Not awaited: this task may be one that is being cancelled.
+                asyncio.get_running_loop().run_in_executor(None, self._record.job.cancel)
+                self._service.records.remove(self._record)

@@ -1,0 +1,107 @@
+"""Resuming: the requests of the process before this one, from the job store."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from anyio import to_thread
+
+from triptych.engine.base import Engine
+from triptych.engine.job import Event, Job
+from triptych.errors import OverloadedError
+from triptych.server.jobs import JobStore, StoredJob
+from triptych.server.problems import Problem, problem_of
+from triptych.server.records import Record
+from triptych.server.submission import parse, request_of
+
+if TYPE_CHECKING:
+    from triptych.server.service import Service
+
+log = logging.getLogger(__name__)
+
+INTERRUPTIONS = 3
+"""Times that a server may die while it runs a request before the request is given up: it may be what kills it."""
+_LOOK = 0.05
+"""Seconds between two looks whether the engine has loaded."""
+_FULL = 1.0
+"""Seconds until a request is offered again to an engine that had no room."""
+
+
+async def resume(service: Service, store: JobStore) -> None:
+    """Restore what the store has, and once the engine is there, run what has not ended."""
+    waiting: list[tuple[Record, StoredJob]] = []
+    for stored in await to_thread.run_sync(store.all):
+        record = restored(stored)
+        service.records.add(record)
+        if stored.ended is None:
+            waiting.append((record, stored))
+    service.records.trim()
+    if waiting:
+        log.warning("%d requests of the server before this one go on", len(waiting))
+    for record, stored in waiting:
+        if stored.status == "running":
+            await _count_interruption(service, store, record)
+    while waiting and service.engine is None:
+        await asyncio.sleep(_LOOK)
+    for record, stored in waiting:
+        await _run_again(service, store, record, stored)
+
+
+async def _count_interruption(service: Service, store: JobStore, record: Record) -> None:
+    count = await to_thread.run_sync(store.interrupted, record.id)
+    record.lost = [f"the server's process died while it ran this, for the {count}. time"]
+    if count >= INTERRUPTIONS:
+        reason = f"the server's process died {count} times while it ran this: it is not tried again"
+        service.records.give_up(record, "failed", Problem(500, "lost", reason))
+
+
+async def _run_again(service: Service, store: JobStore, record: Record, stored: StoredJob) -> None:
+    engine, loop = service.engine, asyncio.get_running_loop()
+    assert engine is not None
+    if stored.model != engine.front.fingerprint:
+        reason = f"it was asked of another model ({stored.told.get('model')}) than the one that is served now"
+        service.records.give_up(record, "failed", Problem(409, "other_model", reason))
+
+    def admit(engine: Engine) -> Job:
+        submission = parse(store.submission(record.id), service.limits)
+        job = engine.submit(request_of(submission, service.limits))
+        record.job = job
+        service.records.listen(record, job, loop)
+        return job
+
+    while record.ended is None and not service.draining:
+        try:
+            job = await to_thread.run_sync(admit, engine)
+        except OverloadedError:
+            await asyncio.sleep(_FULL)
+            continue
+        except Exception as error:  # whatever it is, the caller has to be told
+            log.error("%s cannot be run again", record.id, exc_info=error)
+            service.records.give_up(record, "failed", problem_of(error))
+            return
+        if record.ended is not None:  # cancelled or removed in the meantime
+            await to_thread.run_sync(job.cancel)
+        return
+
+
+def restored(stored: StoredJob) -> Record:
+    """Return the record of a stored job; one that has not ended is queued, and has no job yet."""
+    record = Record(stored.id, None, stored.seed, stored.makes, stored.created, told=dict(stored.told), lasting=True)
+    if stored.ended is None:
+        return record
+    record.outputs, record.timings = stored.outputs, dict(stored.timings)
+    record.error = None if stored.error is None else _problem(stored.error)
+    details: dict[str, Any] = {"seconds": stored.ended - stored.created, "outputs": stored.outputs}
+    if stored.status != "done":
+        details = {} if record.error is None or stored.status == "cancelled" else {"reason": record.error.message}
+    record.publish(Event(0, stored.status, stored.ended, details))
+    record.ended = time.monotonic() - max(0.0, time.time() - stored.ended)
+    return record
+
+
+def _problem(told: Mapping[str, Any]) -> Problem:
+    return Problem(int(told["status"]), str(told["type"]), str(told["message"]), dict(told.get("details", {})))

@@ -1,0 +1,148 @@
+"""The job store: what is in it after whatever happened."""
+
+import json
+import sqlite3
+import stat
+from pathlib import Path
+
+import pytest
+
+from triptych.errors import UsageError
+from triptych.server import jobs
+from triptych.server.jobs import JobStore, StoredJob, default_folder, open_default, write_atomically
+
+BODY = json.dumps({"parameters": {"prompt": "a fox"}}).encode()
+
+
+def job(name: str = "video_1", seed: int = 2**64 - 1) -> StoredJob:
+    return StoredJob(name, "fingerprint", "videos", seed, 1000.5, {"object": "video", "prompt": "a fox"})
+
+
+def test_what_is_added_is_there_after_reopening(tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "state")
+    store.add(job(), BODY)
+    store.add(job("video_2"), BODY)
+    store.close()
+    store = JobStore(tmp_path / "state")
+    assert store.all() == [job(), job("video_2")]
+    assert store.submission("video_1") == BODY
+    assert store.submitted_bytes() == 2 * len(BODY)
+    store.close()
+
+
+def test_a_job_ends_once_and_its_submission_goes(tmp_path: Path) -> None:
+    store = JobStore(tmp_path)
+    store.add(job(), BODY)
+    store.started("video_1")
+    assert store.all()[0].status == "running"
+    store.ended("video_1", "done", outputs=1, timings={"decoding": 0.5})
+    store.ended("video_1", "cancelled")
+    store.started("video_1")
+    (kept,) = store.all()
+    assert (kept.status, kept.outputs, kept.timings) == ("done", 1, {"decoding": 0.5})
+    assert kept.ended is not None
+    assert store.submitted_bytes() == 0
+    with pytest.raises(OSError):
+        store.submission("video_1")
+    store.close()
+
+
+def test_a_closed_store_leaves_running_jobs_queued_and_notes_nothing_more(tmp_path: Path) -> None:
+    store = JobStore(tmp_path)
+    store.add(job(), BODY)
+    store.started("video_1")
+    store.close()
+    store.ended("video_1", "cancelled")
+    store.forget("video_1")
+    store.close()
+    store = JobStore(tmp_path)
+    (kept,) = store.all()
+    assert (kept.status, kept.ended, kept.interruptions) == ("queued", None, 0)
+    assert store.submission("video_1") == BODY
+    store.close()
+
+
+def test_interruptions_are_counted_and_queue_a_job_again(tmp_path: Path) -> None:
+    store = JobStore(tmp_path)
+    store.add(job(), BODY)
+    for count in (1, 2):
+        store.started("video_1")
+        assert store.interrupted("video_1") == count
+        assert store.all()[0].status == "queued"
+    store.close()
+
+
+def test_files_that_no_row_speaks_of_are_swept_away(tmp_path: Path) -> None:
+    store = JobStore(tmp_path)
+    for name in ("video_1", "video_2", "video_3"):
+        store.add(job(name), BODY)
+        (store.results / name).mkdir()
+    store.ended("video_1", "done", outputs=1)
+    store.ended("video_2", "failed", error={"status": 500, "type": "internal", "message": "no"})
+    (store.results / ".video_9.partial").mkdir()
+    (tmp_path / "inputs" / "video_8.json").write_bytes(BODY)
+    (tmp_path / "inputs" / ".video_7.json.partial").write_bytes(BODY[:3])
+    store.close()
+    store = JobStore(tmp_path)
+    assert [path.name for path in store.results.iterdir()] == ["video_1"]
+    assert [path.name for path in (tmp_path / "inputs").iterdir()] == ["video_3.json"]
+    assert store.all()[1].error == {"status": 500, "type": "internal", "message": "no"}
+    store.close()
+
+
+def test_a_folder_has_one_server(tmp_path: Path) -> None:
+    store = JobStore(tmp_path)
+    with pytest.raises(UsageError, match="another server uses this folder"):
+        JobStore(tmp_path)
+    store.close()
+    JobStore(tmp_path).close()
+
+
+def test_only_its_owner_may_read_a_folder(tmp_path: Path) -> None:
+    JobStore(tmp_path / "state").close()
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
+
+
+def test_a_folder_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="--state-dir"):
+        JobStore(tmp_path / "file")
+    (tmp_path / "jobs.sqlite3").write_bytes(b"no database at all" * 100)
+    with pytest.raises(UsageError, match="move it away to begin anew"):
+        JobStore(tmp_path)
+    (tmp_path / "jobs.sqlite3").unlink()
+    with sqlite3.connect(tmp_path / "jobs.sqlite3") as database:
+        database.execute("PRAGMA user_version = 99")
+    with pytest.raises(UsageError, match="is of version 99"):
+        JobStore(tmp_path)
+
+
+def test_every_model_has_a_folder_and_every_server_of_it_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("TRIPTYCH_CACHE", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    first, second = open_default("maker/model-1"), open_default("maker/model-1")
+    assert first is not None and second is not None
+    assert (first.folder, second.folder.name) == (default_folder("maker/model-1"), f"{first.folder.name}-2")
+    assert first.folder.parent == tmp_path / "triptych" and first.folder.name.startswith("model-1-")
+    assert default_folder("other/model-1") != first.folder
+    first.close()
+    second.close()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert open_default("maker/model-1") is None
+    assert "nothing is kept beyond this process" in caplog.text
+
+
+def test_a_file_is_written_in_full_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_atomically(tmp_path / "file", b"before")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jobs.os, "fsync", full)
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "file", b"after")
+    assert (tmp_path / "file").read_bytes() == b"before"
+    assert len(list(tmp_path.iterdir())) == 1

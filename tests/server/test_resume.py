@@ -1,0 +1,204 @@
+"""Resuming: what a server finds of the one before it, however that one ended."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from filming import Client, serving
+
+import triptych
+from triptych.engine.base import Engine
+from triptych.server.jobs import JobStore, StoredJob
+from triptych.server.limits import Limits
+from triptych.server.openai.video_order import order_of
+
+QUICK: dict[str, Any] = {"prompt": "a fox", "size": "48x32", "num_inference_steps": 2, "seed": 7, "num_frames": 5}
+QUICK |= {"exact": True}
+LONG = {**QUICK, "num_inference_steps": 700}
+
+
+@contextmanager
+def process(model: Path, folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`triptych serve MODEL --state-dir FOLDER` on a free port, and its URL."""
+    variables = {"PYTHONPATH": str(Path(triptych.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    devices = [f"--{role}=cpu" for role in ("encoder", "denoiser", "decoder")]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "triptych", "serve", str(model), "--port", "0", *devices, "--no-warm-up"]
+        + ["--state-dir", str(folder), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **variables, "TRIPTYCH_CACHE": str(folder.parent)},
+    )
+    try:
+        assert started.stdout is not None and started.stderr is not None
+        line = started.stdout.readline()
+        found = re.search(r"http://[\d.:]+", line)
+        assert found, (line, started.stderr.read())
+        yield started, found[0]
+    finally:
+        started.kill()
+        started.communicate()
+
+
+def until(address: str, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    end = time.monotonic() + 60
+    while not holds(video := httpx.get(address, timeout=30).json()):
+        assert time.monotonic() < end, video
+        time.sleep(0.01)
+    return video
+
+
+def is_done(video: dict[str, Any]) -> bool:
+    return video["status"] in ("completed", "failed")
+
+
+def test_nothing_is_lost_by_a_server_that_is_killed(tiny_repo: Any, tmp_path: Path) -> None:
+    model, state = tiny_repo("wan"), tmp_path / "state"
+    slow = {**QUICK, "num_inference_steps": 120, "num_frames": 9}
+    with process(model, state, "--slots", "denoiser=1") as (server, url):
+        finished = httpx.post(f"{url}/v1/videos", json=QUICK).json()["id"]
+        until(f"{url}/v1/videos/{finished}", is_done)
+        content = httpx.get(f"{url}/v1/videos/{finished}/content").content
+        running = httpx.post(f"{url}/v1/videos", json=slow).json()["id"]
+        queued = [httpx.post(f"{url}/v1/videos", json={**QUICK, "seed": seed}).json()["id"] for seed in (8, 9)]
+        removed = httpx.post(f"{url}/v1/videos", json=QUICK).json()["id"]
+        assert httpx.delete(f"{url}/v1/videos/{removed}").json()["deleted"]
+        until(f"{url}/v1/videos/{running}", lambda video: video["progress"] > 5)
+        server.send_signal(signal.SIGKILL)
+        server.wait()
+    with process(model, state, "--drain", "0") as (server, url):
+        listed = httpx.get(f"{url}/v1/videos", params={"order": "asc"}).json()["data"]
+        assert [video["id"] for video in listed] == [finished, running, *queued]
+        assert listed[0]["status"] == "completed"
+        assert httpx.get(f"{url}/v1/videos/{finished}/content").content == content
+        assert httpx.get(f"{url}/v1/videos/{finished}/content?variant=thumbnail").content.startswith(b"RIFF")
+        for name in (running, *queued):
+            events = httpx.get(f"{url}/v1/requests/{name}/events", headers={"Last-Event-ID": "500"}, timeout=60).text
+            assert "event: done" in events
+            assert until(f"{url}/v1/videos/{name}", is_done)["status"] == "completed"
+        same = httpx.post(f"{url}/v1/videos", json=slow).json()["id"]
+        until(f"{url}/v1/videos/{same}", is_done)
+        again = [httpx.get(f"{url}/v1/videos/{name}/content").content for name in (running, same)]
+        assert again[0] == again[1]
+        assert "died while it ran this" in httpx.get(f"{url}/v1/requests/{running}").text
+        assert httpx.get(f"{url}/v1/videos/{removed}").status_code == 404
+        assert list((state / "inputs").iterdir()) == []
+        later = httpx.post(f"{url}/v1/videos", json={**slow, "num_inference_steps": 900}).json()["id"]
+        until(f"{url}/v1/videos/{later}", lambda video: video["status"] == "in_progress")
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+    store = JobStore(state)
+    kept = {job.id: job for job in store.all()}
+    assert (kept[later].status, kept[later].interruptions) == ("queued", 0)
+    assert kept[running].interruptions == 1
+    store.close()
+
+
+@pytest.fixture
+def stored(wan: Engine, tmp_path: Path) -> Callable[..., JobStore]:
+    """`stored(status=..., **more) -> JobStore`: with one video of a server before."""
+
+    def make(status: str = "queued", interruptions: int = 0, **more: Any) -> JobStore:
+        store = JobStore(tmp_path / "state")
+        order = order_of(order_fields(QUICK), wan, Limits())
+        job = StoredJob("video_1", wan.front.fingerprint, "videos", 7, time.time() - 10, order.told, **more)
+        store.add(job, order.submission.model_dump_json().encode())
+        for _ in range(interruptions):
+            store.interrupted("video_1")
+        if status == "running":
+            store.started("video_1")
+        return store
+
+    return make
+
+
+def order_fields(values: dict[str, Any]) -> Any:
+    from triptych.server.openai.form import Fields
+
+    return Fields(values)
+
+
+def wait(client: Client, holds: Callable[[Any], bool]) -> dict[str, Any]:
+    return until(f"{client.root}/v1/videos/video_1", holds)
+
+
+def test_a_request_that_three_servers_died_of_has_failed(wan: Engine, stored: Callable[..., JobStore]) -> None:
+    with serving(wan, None, stored("running", interruptions=2)) as client:
+        failed = wait(client, is_done)
+    assert failed["status"] == "failed"
+    assert "died 3 times while it ran this" in failed["error"]["message"]
+
+
+def test_a_request_that_two_servers_died_of_is_run_again(wan: Engine, stored: Callable[..., JobStore]) -> None:
+    with serving(wan, None, stored("running", interruptions=1)) as client:
+        assert wait(client, is_done)["status"] == "completed"
+
+
+def test_until_the_engine_is_there_requests_are_queued_and_can_be_cancelled(
+    wan: Engine, stored: Callable[..., JobStore]
+) -> None:
+    store = stored()
+    store.add(StoredJob("video_2", wan.front.fingerprint, "videos", 7, time.time(), store.all()[0].told), b"{}")
+    with serving(None, None, store) as client:
+        assert wait(client, lambda video: "status" in video)["status"] == "queued"
+        httpx.post(f"{client.root}/v1/requests/video_2/cancel")
+        assert until(f"{client.root}/v1/videos/video_2", is_done)["error"]["code"] == "cancelled"
+        client.service.engine = wan
+        assert wait(client, is_done)["status"] == "completed"
+        assert until(f"{client.root}/v1/videos/video_2", is_done)["status"] == "failed"
+
+
+def test_a_request_for_another_model_fails_with_the_reason(wan_i2v: Engine, stored: Callable[..., JobStore]) -> None:
+    with serving(wan_i2v, None, stored()) as client:
+        failed = wait(client, is_done)
+    assert "it was asked of another model" in failed["error"]["message"]
+
+
+def test_a_submission_that_is_damaged_fails_with_the_reason(wan: Engine, stored: Callable[..., JobStore]) -> None:
+    store = stored()
+    (store.folder / "inputs" / "video_1.json").write_bytes(b"{")
+    with serving(wan, None, store) as client:
+        assert wait(client, is_done)["error"]["code"] == "bad_request"
+    assert json.loads(store.folder.joinpath("lock").read_text() or "null") is None
+
+
+def test_results_of_a_server_before_count_and_go_first(wan: Engine, tmp_path: Path) -> None:
+    with serving(wan, None, JobStore(tmp_path)) as client:
+        for _ in range(2):
+            made = httpx.post(f"{client.root}/v1/videos", json=QUICK).json()["id"]
+            until(f"{client.root}/v1/videos/{made}", is_done)
+        held = client.service.records.spool.nbytes
+    assert held == sum(path.stat().st_size for path in (tmp_path / "results").rglob("*") if path.is_file())
+    with serving(wan, Limits(kept_bytes=held), JobStore(tmp_path)) as client:
+        assert client.service.records.spool.nbytes == held
+        newest = httpx.post(f"{client.root}/v1/videos", json=QUICK).json()["id"]
+        until(f"{client.root}/v1/videos/{newest}", is_done)
+        until(f"{client.root}/v1/videos", lambda page: len(page["data"]) == 2)
+        kept = [video["id"] for video in httpx.get(f"{client.root}/v1/videos").json()["data"]]
+        assert kept == [newest, made]
+        end = time.monotonic() + 10
+        while len(list((tmp_path / "results").iterdir())) > 2 and time.monotonic() < end:
+            time.sleep(0.02)
+        assert sorted(path.name for path in (tmp_path / "results").iterdir()) == sorted(kept)
+
+
+def test_videos_expire_even_while_no_server_runs(wan: Engine, tmp_path: Path) -> None:
+    limits = Limits(lasting_seconds=0.5)
+    with serving(wan, limits, JobStore(tmp_path)) as client:
+        made = httpx.post(f"{client.root}/v1/videos", json=QUICK).json()["id"]
+        video = until(f"{client.root}/v1/videos/{made}", is_done)
+        assert video["expires_at"] - video["completed_at"] in (0, 1)
+    time.sleep(0.6)
+    with serving(wan, limits, JobStore(tmp_path)) as client:
+        until(f"{client.root}/v1/videos", lambda page: page["data"] == [])
