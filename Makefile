@@ -20,7 +20,7 @@ demo: $(INSTALLED) ## install, then draw a picture with the model inside the pac
 	@echo "The picture is in $(CURDIR)/demo.png"
 
 test: lint ## lint, types, import contracts and the tests
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n auto --dist loadfile
 
 test-slow: $(INSTALLED)-dev ## the tests that take longer
 	$(BIN)/pytest -m slow
