@@ -446,7 +446,7 @@ def test_a_scheduler_for_pyramids_is_refused(video: Video, tmp_path: Path) -> No
         ({"history_sizes": [16, 2]}, ParameterError, "three whole numbers"),
         ({"history_sizes": [16, 0, 0]}, ParameterError, "the smallest may be 0"),
         ({"history_sizes": [16, 2, "1"]}, ParameterError, "three whole numbers"),
-        ({"sigmas": []}, ParameterError, "at least one noise level"),
+        ({"sigmas": []}, ParameterError, "a list of finite numbers is accepted"),
         ({"image": [IMAGE, IMAGE]}, ParameterError, "one image is accepted, not 2"),
         ({"image": []}, ParameterError, "one image is accepted, not 0"),
         ({"image": torch.zeros(2, 3, 32, 48)}, ParameterError, "one image is accepted, not 2"),

@@ -84,6 +84,8 @@ class TwoStages(Parity):
         stage_2_sigmas: Any = None,
         adain_factor: float = 0.0,
         tone_map_compression_ratio: float = 0.0,
+        stage_2_lora: str = "",
+        stage_2_lora_scale: float = 1.0,
         **call: Any,
     ) -> Pair:
         assert two_stage
@@ -99,7 +101,11 @@ class TwoStages(Parity):
         )
         sigmas = stage_2_sigmas or STAGE_2_DISTILLED_SIGMA_VALUES
         again = {name: call[name] for name in (*REPEATED, "image") if name in call}
-        refined = self.second[kind](
+        second = self.second[kind]
+        if stage_2_lora:
+            second.load_lora_weights(str(self.repo), weight_name=stage_2_lora, adapter_name="stage_2_distilled")
+            second.set_adapters("stage_2_distilled", stage_2_lora_scale)
+        refined = second(
             **again,
             **PLAIN,
             latents=large,
@@ -111,6 +117,8 @@ class TwoStages(Parity):
             output_type=output_type,
             return_dict=False,
         )
+        if stage_2_lora:
+            second.unload_lora_weights()
         return list(refined)
 
     def of(self, **changes: Any) -> Pair:

@@ -6,6 +6,8 @@ each, gates attention, modulates the text by the noise level, perturbs blocks fo
 its text from Gemma 4, predicts the length of a video, and with `diffusion=True` decodes it by a diffusion model.
 `image=True` names the image-to-video pipeline; `upsampler=True` adds the latent upsampler, as an entry of the index,
 and `upsampler="folder"` only its folder, as published; `conditioned=True` has an autoencoder that is told a timestep.
+`lora=True` puts the second stage's LoRA beside the index, bfloat16 and with the published names of its layers, and
+`lora="connectors"` (of 2.0) one that changes the connectors too.
 
 What differs from the defaults of diffusers, and what would go wrong if a constant were guessed instead of read:
 
@@ -39,6 +41,8 @@ from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.duration_head import LTX2DurationHead
 from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
+from safetensors.torch import save_file
+from torch import nn
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -59,6 +63,19 @@ VIDEO_WIDTH, SOUND_WIDTH = 24, 16
 SAMPLE_RATE, HOP = 8000, 100
 SPARE_TOKENS = 7  # embeddings of no token
 
+LORA = "ltx-2-tiny-distilled-lora-3.safetensors"
+# The layers that it changes: their published names, and where they are.
+LORA_LAYERS = {
+    "diffusion_model.patchify_proj": ("transformer", "proj_in"),
+    "diffusion_model.audio_patchify_proj": ("transformer", "audio_proj_in"),
+    "diffusion_model.adaln_single.linear": ("transformer", "time_embed.linear"),
+    "diffusion_model.transformer_blocks.0.attn1.to_q": ("transformer", "transformer_blocks.0.attn1.to_q"),
+    "diffusion_model.transformer_blocks.1.attn2.to_out.0": ("transformer", "transformer_blocks.1.attn2.to_out.0"),
+    "diffusion_model.transformer_blocks.1.audio_ff.net.2": ("transformer", "transformer_blocks.1.audio_ff.net.2"),
+    "diffusion_model.proj_out": ("transformer", "proj_out"),
+    "text_embedding_projection.aggregate_embed": ("connectors", "text_proj_in"),
+}
+
 
 def build(
     path: Path,
@@ -70,6 +87,7 @@ def build(
     upsampler: bool | str = False,
     diffusion: bool = False,
     conditioned: bool = False,
+    lora: bool | str = False,
 ) -> Path:
     """Write the repository of one of `VERSIONS` to `path`."""
     if version not in VERSIONS:
@@ -121,7 +139,21 @@ def build(
     (path / "model_index.json").write_text(json.dumps(index, indent=2))
     if dtype != "float32":
         cast(path, dtype)
+    if lora:
+        _write_lora(path, parts, ("transformer", "connectors") if lora == "connectors" else ("transformer",), seed)
     return path
+
+
+def _write_lora(path: Path, parts: dict[str, nn.Module], changed: tuple[str, ...], seed: int) -> None:
+    weights: dict[str, torch.Tensor] = {}
+    for published, (component, layer) in LORA_LAYERS.items():
+        if component in changed:
+            linear = parts[component].get_submodule(layer)
+            rank = 2 if ".attn" in layer else 3
+            for side, shape in (("A", (rank, linear.in_features)), ("B", (linear.out_features, rank))):
+                noise = torch.randn(shape, generator=generator(seed, f"lora.{component}.{layer}.{side}"))
+                weights[f"{published}.lora_{side}.weight"] = (0.3 * noise).to(torch.bfloat16)
+    save_file(weights, path / LORA)
 
 
 def gemma() -> GemmaTokenizer:

@@ -169,6 +169,23 @@ class Repository:
             found |= self._header(name)[0]
         return found
 
+    def loras(self) -> list[str]:
+        """Return the safetensors files beside the components that have `lora` in their names."""
+        paths = [PurePosixPath(name) for name in self._sizes]
+        return [
+            str(path)
+            for path in paths
+            if path.suffix == ".safetensors" and "lora" in path.stem.lower() and path.parts[0] not in self.components
+        ]
+
+    def header(self, name: str) -> dict[str, TensorInfo]:
+        """Return the tensors of a safetensors file, by key, from its header alone.
+
+        Raises:
+            ComponentFileError: it is no such file, or its header is broken.
+        """
+        return self._header(name)[0]
+
     def has_tokenizer(self, component: str) -> bool:
         """Return whether a tokenizer lies in a component's folder, by itself or as part of a processor."""
         return f"{component}/tokenizer_config.json" in self._sizes

@@ -121,7 +121,7 @@ class ReplicaActor:
     ) -> tuple[Any, float]:
         import torch
 
-        from triptych.runtime.lanes import Work
+        from triptych.runtime.lanes import StepLane, Work
         from triptych.runtime.preview import Previews, Projection
 
         ended = threading.Event()
@@ -142,8 +142,12 @@ class ReplicaActor:
             wanted = Previews(previews[0], projection, lambda *preview: made.append(preview))
         work = Work(state, done, report, deadline, wanted)
         self._works[ticket] = work
-        self._replica.lanes[state.next_role].put(work)
-        ended.wait()
+        lane = self._replica.lanes[state.next_role]
+        if isinstance(lane, StepLane):
+            lane.put(work)
+            ended.wait()
+        else:
+            lane.run_here(work)
         if isinstance(outcomes[0], Exception):
             raise outcomes[0]
         return outcomes[0], work.seconds

@@ -619,8 +619,10 @@ class LTX2(Family):
         self.add_stage(TextEncoding)
         self.add_stage(TextConnecting)
         if twice:
-            self.add_stage(two_stage.TwoStageTextConnecting)
+            self.add_stage(two_stage.reading(two_stage.TwoStageTextConnecting, self.repository))
         self.add_stage(FrameEncoding)
+        if twice and self.repository.loras():
+            self.add_stage(two_stage.reading(two_stage.LoraLoading, self.repository))
         self.add_stage(LTX2Denoising)
         self.add_stage(I2VDenoising)
         if twice:
@@ -679,7 +681,7 @@ class LTX2(Family):
         if parameters.get("two_stage"):
             from triptych.pipelines import ltx2_two_stage as two_stage
 
-            two_stage.check(parameters)
+            two_stage.check(parameters, self.repository)
 
     def check_text(self, parameters: Mapping[str, Any], helpers: Any) -> None:
         """Check the length of the text, which the connectors fill up with their registers, and given embeddings.

@@ -2,7 +2,7 @@
 
 Oracle: `diffusers.LTX2Pipeline` (or its sibling for images), `diffusers.LTX2LatentUpsamplePipeline` and the first again,
 chained as diffusers' documentation does it (api/pipelines/ltx2), with one generator. The LoRA that it loads for the
-second stage of a model that is not distilled is left out: merge it, or use a distilled model.
+second stage of a model that is not distilled is a request's `stage_2_lora`, see `ltx2_lora`.
 
 A repository offers this by a component `latent_upsampler`: in its index, or as published beside it, in its folder. A
 request asks for it by `two_stage=True`; height and width are then those of the small video.
@@ -11,10 +11,13 @@ request asks for it by `two_stage=True`; height and width are then those of the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from triptych.components.need import Need
+from triptych.components.repository import Repository
 from triptych.errors import ParameterError
+from triptych.pipelines import ltx2_lora as lora
 from triptych.pipelines.ltx2 import (
     STATISTICS,
     TWO_STAGES,
@@ -28,6 +31,7 @@ from triptych.pipelines.ltx2 import (
 )
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
+from triptych.stages.denoising import Forward
 from triptych.state import View
 
 if TYPE_CHECKING:
@@ -38,22 +42,45 @@ class TwoStageTextConnecting(TextConnecting):
     """Turn Gemma's hidden states into what each modality reads, in the first stage and in the second.
 
     The second has no negative prompt: `refinement_conditioning` is embeddings of video and sound and their mask where
-    those of the prompt alone are not those made beside the negative prompt, to the bit; otherwise None.
+    those of the prompt alone are not those made beside the negative prompt, to the bit, or where the second stage's
+    LoRA changes the connectors; otherwise None.
     """
 
     tasks = frozenset(TWO_STAGES.values())
+    reads = {*TextConnecting.reads, *lora.parameters()}
     writes = {*TextConnecting.writes, "refinement_conditioning"}
+    repository: ClassVar[Repository]
 
     def run(self, state: View) -> None:
         import torch
 
         super().run(state)
+        name = state.stage_2_lora
+        if name and lora.changes(self.repository, name, "connectors"):
+            lora.load(self.repository, name, "connectors", self.connectors, self.helpers)
+            with lora.active(self.connectors, name, state.stage_2_lora_scale):
+                state.refinement_conditioning = self.connect(state, with_negative=False)
+            return
         if not state.exact or not guided(state.guidance_scale, state.audio_guidance_scale):
             return
         alone = self.connect(state, with_negative=False)
         beside = beside_negative(state)
         if not all(one.shape == other.shape and torch.equal(one, other) for one, other in zip(alone, beside)):
             state.refinement_conditioning = alone
+
+
+class LoraLoading(Stage):
+    """Load what the second stage's LoRA changes in the transformer: before the first stage, so that no work is lost."""
+
+    role = RoleType.DENOISER
+    tasks = frozenset(TWO_STAGES.values())
+    needs = {"transformer": Need.FULL}
+    reads = {"stage_2_lora"}
+    repository: ClassVar[Repository]
+
+    def run(self, state: View) -> None:
+        if state.stage_2_lora:
+            lora.load(self.repository, state.stage_2_lora, "transformer", self.transformer, self.helpers)
 
 
 class LatentUpsampling(Stage):
@@ -84,10 +111,13 @@ class LatentUpsampling(Stage):
 
 
 class LTX2Refinement(LTX2Denoising):
-    """Add noise to the upsampled latents, and denoise them in the second stage's few steps, without guidance."""
+    """Add noise to the upsampled latents, and denoise them in the second stage's few steps, without guidance.
+
+    A forward's `lora` is the LoRA that it runs with and its weight, so that none without it shares it.
+    """
 
     tasks = frozenset((TWO_STAGES["text-to-video"],))
-    reads = {*LTX2Denoising.reads, "refinement_conditioning", "stage_2_sigmas"}
+    reads = {*LTX2Denoising.reads, "refinement_conditioning", "stage_2_sigmas", *lora.parameters()}
 
     def new_scheduler(self) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler
@@ -114,6 +144,19 @@ class LTX2Refinement(LTX2Denoising):
             return beside_negative(state)
         return super().embeds(state)
 
+    def forward(self, state: View, i: int, branch: str, copies: int, **changes: Any) -> Forward:
+        if state.stage_2_lora:
+            changes["lora"] = state.stage_2_lora, state.stage_2_lora_scale
+        return super().forward(state, i, branch, copies, **changes)
+
+    def call(self, forward: Forward) -> torch.Tensor:
+        inputs = dict(forward.inputs)
+        asked = inputs.pop("lora", None)
+        if asked is None:
+            return super().call(forward)
+        with lora.active(self.transformer, *asked):
+            return super().call(replace(forward, inputs=inputs))
+
 
 class I2VRefinement(LTX2Refinement, I2VDenoising):
     """Add noise to the upsampled latents but for the first frame's, and denoise them in the second stage's few steps."""
@@ -123,6 +166,11 @@ class I2VRefinement(LTX2Refinement, I2VDenoising):
 
 
 DENOISER_STAGES: tuple[type[Stage], ...] = (LatentUpsampling, LTX2Refinement, I2VRefinement)
+
+
+def reading(stage: type[Stage], repository: Repository) -> type[Stage]:
+    """Return a stage that reads files of the repository while it runs."""
+    return type(stage.__name__, (stage,), {"repository": repository, "__doc__": stage.__doc__})
 
 
 def beside_negative(state: View) -> list[torch.Tensor]:
@@ -143,14 +191,16 @@ def parameters() -> dict[str, object]:
         "stage_2_sigmas": list(STAGE_2_DISTILLED_SIGMA_VALUES),
         "adain_factor": 0.0,
         "tone_map_compression_ratio": 0.0,
+        **lora.parameters(),
     }
 
 
-def check(given: Mapping[str, Any]) -> None:
+def check(given: Mapping[str, Any], repository: Repository) -> None:
     """Check the parameters of two stages.
 
     Raises:
         ParameterError: one is not accepted.
+        ComponentFileError: the LoRA's file is broken.
     """
     if not isinstance(given["two_stage"], bool):
         raise ParameterError("two_stage", given["two_stage"], "True or False is accepted")
@@ -161,6 +211,7 @@ def check(given: Mapping[str, Any]) -> None:
     for name, most in (("tone_map_compression_ratio", 1), ("adain_factor", 10)):
         if not is_number(given[name]) or not 0 <= given[name] <= most:
             raise ParameterError(name, given[name], f"a number between 0 and {most} is accepted")
+    lora.check(given, repository)
 
 
 def is_number(value: object) -> bool:

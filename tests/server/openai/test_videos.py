@@ -48,9 +48,10 @@ def until(filmer: Client, name: str, holds: Callable[[Any], bool]) -> Any:
 
 
 def test_the_official_client_makes_a_video_and_downloads_it(filmer: Client, tiny_repo: Any, tmp_path: Path) -> None:
+    name = tiny_repo("wan").name
     parameters = {**QUICK, "exact": True}
     video = filmer.videos.create_and_poll(prompt="a fox", size=SMALL, extra_body=parameters)  # type: ignore[arg-type]
-    assert (video.status, video.progress, video.object, video.model) == ("completed", 100, "video", "wan0")
+    assert (video.status, video.progress, video.object, video.model) == ("completed", 100, "video", name)
     assert (video.size, video.seconds, video.prompt) == (SMALL, "0.3125", "a fox")
     assert video.error is None and video.created_at <= video.completed_at < video.expires_at
     data = filmer.videos.download_content(video.id).content
@@ -169,11 +170,12 @@ def test_what_cannot_be_is_refused_by_name(filmer: Client, fields: dict[str, Any
     assert error["type"] and error["code"]
 
 
-def test_another_model_is_not_there(filmer: Client) -> None:
-    with pytest.raises(openai.NotFoundError, match="there is no model 'sora-2' here, only 'wan0'") as error:
+def test_another_model_is_not_there(filmer: Client, tiny_repo: Any) -> None:
+    name = tiny_repo("wan").name
+    with pytest.raises(openai.NotFoundError, match=f"there is no model 'sora-2' here, only '{name}'") as error:
         filmer.videos.create(prompt="a fox", model="sora-2")
     assert error.value.code == "model_not_found"
-    assert post(filmer, model="wan0", **QUICK).status_code == 200
+    assert post(filmer, model=name, **QUICK).status_code == 200
 
 
 def test_a_model_of_images_refuses_videos(film: Callable[..., Client]) -> None:
