@@ -451,3 +451,8 @@ def test_stages_follow_one_another_in_three_segments(exact: Parity) -> None:
         "denoiser": ["glm_denoising"],
         "decoder": ["decoding"],
     }
+
+
+@pytest.mark.slow
+def test_processes_that_hand_over_files_give_the_same_pixels(exact: Parity, tmp_path: Path) -> None:
+    exact.check_in_processes(tmp_path, CALL, ("float32", "bfloat16"))
