@@ -25,7 +25,7 @@ def commands(text: str) -> Iterator[list[str]]:
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            words = [re.sub(r"^/opt/triptych/bin/", "", word) for word in words]
+            words = [re.sub(r"^/usr/local/lib/triptych/bin/", "", word) for word in words]
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                 words.pop(0)
             for mark in ("&&", ">>", "|"):

@@ -287,7 +287,7 @@ class RayEngine(Engine):
                     self._finished(replica, future, *details)
                 else:
                     self._told(replica, future)
-            except Exception:
+            except Exception:  # one replica's answer must not end the thread that hears them all
                 log.exception("%s: what it told could not be handled", replica.name)
 
     def _finished(self, replica: RayReplica, future: Future[Any], ticket: Ticket, data: Any) -> None:

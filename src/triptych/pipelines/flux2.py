@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from triptych.components.need import Need
 from triptych.pipelines import flux2_klein
-from triptych.pipelines.flux2_klein import ImageEncoding, even_sigmas
+from triptych.pipelines.flux2_klein import ImageEncoding
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
+from triptych.stages.noise_levels import even_sigmas
 from triptych.state import View
 
 if TYPE_CHECKING:

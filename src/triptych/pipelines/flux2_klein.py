@@ -14,6 +14,7 @@ from triptych.pipelines.base import Family, check_inputs, check_multiple
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
+from triptych.stages.noise_levels import even_sigmas
 from triptych.state import View
 
 if TYPE_CHECKING:
@@ -200,13 +201,6 @@ class Flux2Klein(Family):
 def guided(state: View, helpers: Any) -> bool:
     """Return whether classifier-free guidance is on: asked for, and the model not distilled."""
     return state.guidance_scale > 1 and not helpers.config.is_distilled
-
-
-def even_sigmas(steps: int) -> Any:
-    """Return the evenly spaced noise levels from 1 to 1/steps that the oracle starts from."""
-    import numpy as np
-
-    return np.linspace(1.0, 1 / steps, steps)
 
 
 def fit(helpers: Any, image: Any) -> tuple[Any, int, int]:

@@ -17,6 +17,7 @@ from triptych.pipelines.base import Family, check_multiple
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
+from triptych.stages.noise_levels import resolution_shift
 from triptych.state import View
 
 if TYPE_CHECKING:
@@ -101,15 +102,8 @@ class ZImageDenoising(Denoising):
             state.latents,
         )
         state.scheduler = self.new_scheduler()
-        config = state.scheduler.config
         rows, columns = state.latents.shape[2] // 2, state.latents.shape[3] // 2
-        mu = calculate_shift(
-            rows * columns,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
+        mu = resolution_shift(calculate_shift, state.scheduler.config, rows * columns)
         sigmas = get_default_z_image_sigmas(steps) if state.sigmas is None else state.sigmas
         state.timesteps, _ = retrieve_timesteps(state.scheduler, steps, self.device, sigmas=sigmas, mu=mu)
         state.scheduler.set_begin_index(0)

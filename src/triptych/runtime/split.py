@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 OnLoaded = Callable[[str, float], None]
 """Called with a role's name and the seconds that loading it took."""
 
-_KINDS = ("Cancelled", "UsageError", "ModelError", "RecipeError", "WireError", "TriptychError")
-"""What an error is raised as on this side; the constructors of more special ones need more than the message."""
-
 
 class RoleRaisedError(RuntimeError):
     """A role's process met an error that Triptych does not raise itself."""
@@ -158,11 +155,11 @@ def _follow(
     raise RoleProcessError(role, process.wait(), last_words())
 
 
-def _raise(role: str, kind: str | None, text: str, trace: str) -> None:
+def _raise(role: str, kind: str, text: str, trace: str) -> None:
     """Raise here what a role's process raised."""
-    error: Exception = RoleRaisedError(f"in the process of the {role}: {text}")
-    if kind in _KINDS:
-        error = getattr(errors, kind)(text)
+    error: Exception = errors.from_text(kind, text)
+    if isinstance(error, errors.RemoteError):  # not one of ours: reported as unexpected, as it would be here
+        error = RoleRaisedError(f"in the process of the {role}: {text}")
     raise error from _Remote(trace)
 
 
@@ -196,9 +193,8 @@ class _Channel(logging.Handler):
         self.tell("log", [record.name, record.levelno, record.getMessage()])
 
 
-def _describe(error: Exception) -> dict[str, str | None]:
-    kind = next((name for name in _KINDS if isinstance(error, getattr(errors, name))), None)
-    text = str(error) if kind else f"{type(error).__name__}: {error}"
+def _describe(error: Exception) -> dict[str, str]:
+    kind, text = errors.to_text(error)
     return {"kind": kind, "text": text, "trace": traceback.format_exc()}
 
 

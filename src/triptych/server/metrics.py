@@ -101,7 +101,7 @@ class Responses:
 
         try:
             await self.app(scope, receive, counting)
-        except Exception:
+        except Exception:  # whatever it is, it is counted and raised again
             if status is None:  # answered further out
                 self.metrics.responded(scope["method"], scope["path"], 500)
             raise

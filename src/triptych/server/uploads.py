@@ -64,7 +64,7 @@ class Uploads:
 
         try:
             await self.app(scope, upload.receive, unless_wrong)
-        except Exception:
+        except Exception:  # raised again, unless it is what the broken upload led to
             if upload.wrong is None or started:
                 raise
         if upload.wrong is not None and not started:

@@ -16,6 +16,7 @@ from triptych.server.problems import Refusal
 
 _FIELDS = 128
 """Of one form."""
+_SIZE = re.compile(r"(\d{1,5})\s*[xX]\s*(\d{1,5})")
 _NESTED = re.compile(r"([^\[\]]+)\[([^\[\]]*)\]")
 
 
@@ -93,6 +94,23 @@ def _add(fields: Fields, name: str, value: str | bytes) -> None:
 
 def _told(value: str | bytes) -> str:
     return value if isinstance(value, str) else f"{len(value)} bytes"
+
+
+def add_size(given: dict[str, Any], size: object, example: str) -> None:
+    """Add the width and the height that `size` asks for; none for `auto`.
+
+    Raises:
+        ParameterError: it is neither, or one of the two is given too.
+    """
+    if size is None or size == "auto":
+        return
+    for name in ("width", "height"):
+        if name in given:
+            raise ParameterError("size", size, f"{name} is given too; give size, or width and height")
+    found = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    if found is None:
+        raise ParameterError("size", size, f"auto or WIDTHxHEIGHT is accepted, as in {example}")
+    given["width"], given["height"] = int(found[1]), int(found[2])
 
 
 async def _bounded(request: Request, most: int) -> AsyncGenerator[bytes, None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from triptych.engine.base import Engine
 from triptych.errors import ParameterError, UnknownParameterError
 from triptych.request import Request
 from triptych.server.limits import Limits
-from triptych.server.openai.form import Fields, settle_texts
+from triptych.server.openai.form import Fields, add_size, settle_texts
 from triptych.server.openai.video_order import check_model
 from triptych.server.parameters import parameters_of
 from triptych.server.problems import Refusal
@@ -47,7 +46,6 @@ PREVIEWS = 3
 """Partial pictures of one stream."""
 
 _UNTOLD = frozenset(("num_images_per_prompt", "num_videos_per_prompt"))
-_SIZE = re.compile(r"(\d{1,5})\s*[xX]\s*(\d{1,5})")
 
 Format = Literal["png", "jpeg", "webp"]
 
@@ -114,7 +112,7 @@ def order_of(fields: Fields, engine: Engine, limits: Limits, *, edit: bool) -> I
     pictures = _add_pictures(given, kinds, told.family, edit=edit)
     count = _whole("n", own["n"], 1, MOST)
     _add_count(given, count, engine)
-    _add_size(given, own["size"])
+    add_size(given, own["size"], "1024x768")
     if given.get("width") and given.get("height") and _area(given) * count > limits.pixels:
         size = f"{count} of {given['width']}x{given['height']}"
         raise ParameterError("size", size, f"at most {limits.pixels} pixels in all pictures together are accepted")
@@ -192,18 +190,6 @@ def _add_count(given: dict[str, Any], count: int, engine: Engine) -> None:
         given["num_images_per_prompt"] = count
     elif count > 1:
         raise ParameterError("n", count, "this model makes one picture at a time")
-
-
-def _add_size(given: dict[str, Any], size: object) -> None:
-    if size is None or size == "auto":
-        return
-    for name in ("width", "height"):
-        if name in given:
-            raise ParameterError("size", size, f"{name} is given too; give size, or width and height")
-    found = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
-    if found is None:
-        raise ParameterError("size", size, "auto or WIDTHxHEIGHT is accepted, as in 1024x768")
-    given["width"], given["height"] = int(found[1]), int(found[2])
 
 
 def _area(given: Mapping[str, Any]) -> int:

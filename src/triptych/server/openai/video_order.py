@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from triptych.errors import ParameterError, UnknownParameterError
 from triptych.request import Request
 from triptych.result import DEFAULT_FPS
 from triptych.server.limits import Limits
-from triptych.server.openai.form import Fields, settle_texts
+from triptych.server.openai.form import Fields, add_size, settle_texts
 from triptych.server.parameters import parameters_of
 from triptych.server.problems import Refusal
 from triptych.server.submission import Submission, request_of
@@ -22,7 +21,6 @@ from triptych.server.submission import Submission, request_of
 OWN = ("model", "size", "seconds", "fps", "input_reference", "user")
 """Fields that are the interface's own, beside the family's parameters."""
 _UNTOLD = frozenset(("num_videos_per_prompt", "num_images_per_prompt"))
-_SIZE = re.compile(r"(\d{1,5})\s*[xX]\s*(\d{1,5})")
 _LONGEST = 600
 """Seconds of a video."""
 _FASTEST = 240
@@ -67,7 +65,7 @@ def order_of(fields: Fields, engine: Engine, limits: Limits) -> VideoOrder:
     model = check_model(own["model"], told.model)
     if not isinstance(given.get("prompt"), str):
         raise ParameterError("prompt", given.get("prompt"), "it is missing: a text is accepted")
-    _add_size(given, own["size"])
+    add_size(given, own["size"], "832x480")
     rate = _rate(given, own["fps"], family.frame_rate(given), takes_rate="frame_rate" in kinds)
     asked = _frames(given, own["seconds"], rate, takes_frames="num_frames" in kinds)
     _add_pictures(given, own["input_reference"], kinds)
@@ -111,18 +109,6 @@ def check_model(asked: object, served: str) -> str:
     if not isinstance(asked, str):
         raise ParameterError("model", asked, "the name of a model is accepted")
     raise Refusal(404, "model_not_found", f"there is no model {asked[:200]!r} here, only {short!r}")
-
-
-def _add_size(given: dict[str, Any], size: object) -> None:
-    if size is None or size == "auto":
-        return
-    for name in ("width", "height"):
-        if name in given:
-            raise ParameterError("size", size, f"{name} is given too; give size, or width and height")
-    found = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
-    if found is None:
-        raise ParameterError("size", size, "auto or WIDTHxHEIGHT is accepted, as in 832x480")
-    given["width"], given["height"] = int(found[1]), int(found[2])
 
 
 def _rate(given: dict[str, Any], fps: object, usual: float | None, *, takes_rate: bool) -> float:
