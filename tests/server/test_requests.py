@@ -271,9 +271,11 @@ def test_an_error_nobody_expected_is_500_in_the_same_form(caller: Caller, monkey
         raise KeyError("on two")
 
     monkeypatch.setattr(engine(), "submit", fails)
-    error = refused(caller, {"parameters": QUICK}, 500)
-    assert error["type"] == "internal"
+    response = caller.post("/v1/requests", json={"parameters": QUICK})
+    error = response.json()["error"]
+    assert (response.status_code, error["type"]) == (500, "internal")
     assert "KeyError" in error["message"]
+    assert response.headers["connection"] == "close"  # the server drops it: nobody may send the next request into it
 
 
 def test_an_engine_that_is_slow_to_admit_holds_up_nobody_else(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +290,7 @@ def test_an_engine_that_is_slow_to_admit_holds_up_nobody_else(caller: Caller, mo
     monkeypatch.setattr(engine(), "submit", slow)
     poster = threading.Thread(target=caller.submit, args=(QUICK,))
     poster.start()
-    assert entered.wait(10)
+    assert entered.wait(30)
     assert caller.get("/health", timeout=5).status_code == 200
     go_on.set()
     poster.join()

@@ -220,6 +220,12 @@ def _answer_errors(app: FastAPI) -> None:
             log.error("a request to the server failed", exc_info=error)
         return respond(problem)
 
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        response = await expected(request, error)
+        # Uvicorn drops the connection after it: a client that was not told would send its next request into it.
+        response.headers["Connection"] = "close"
+        return response
+
     async def from_framework(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         words = {404: "not_found", 405: "method_not_allowed"}
@@ -233,6 +239,6 @@ def _answer_errors(app: FastAPI) -> None:
 
     app.add_exception_handler(Refusal, expected)
     app.add_exception_handler(TriptychError, expected)
-    app.add_exception_handler(Exception, expected)
+    app.add_exception_handler(Exception, unexpected)
     app.add_exception_handler(HTTPException, from_framework)
     app.add_exception_handler(RequestValidationError, bad_query)
