@@ -286,3 +286,106 @@ def test_seconds_are_predicted_from_what_was_measured() -> None:
     submit(made, steps=40)
     replica.answer(seconds=0.1)
     assert replica.tickets[0].predicted == pytest.approx(21, rel=0.01)
+
+
+class Promising(Remote):
+    """A replica that says where what it leaves will be, as those over Ray do."""
+
+    def __init__(self, name: str, *roles: RoleType) -> None:
+        super().__init__(name, *roles)
+        self.followed: list[tuple[Ticket, Any]] = []
+
+    def start(self, ticket: Ticket) -> None:
+        ticket.promise = f"{self.name}'s"
+
+    def follow(self, ticket: Ticket, promise: Any) -> None:
+        self.followed.append((ticket, promise))
+        self.start(ticket)
+
+
+def promising() -> tuple[Router, Promising, Promising, Promising]:
+    replicas = Promising("encoder", E), Promising("denoiser", D), Promising("decoder", C)
+    return (router(*replicas), *replicas)
+
+
+def hand_over(ticket: Ticket, position: int) -> None:
+    turns = ROUTE[position:]
+    ticket.done(ticket, Handover(turns[0] if turns else None, position, 1.0, then=tuple(turns[1:])))
+
+
+def submit_promised(made: Router) -> Job:
+    job = Job()
+    made.submit(job, Handover(E, 0, then=(D, C)), {"num_inference_steps": 1, "height": 8, "width": 8, "prompt": "fox"})
+    return job
+
+
+def test_an_idle_replica_is_given_the_next_segment_before_its_state_is_there() -> None:
+    made, encoder, denoiser, decoder = promising()
+    job = submit_promised(made)
+    (ahead,) = denoiser.tickets
+    assert denoiser.followed == [(ahead, "encoder's")]
+    assert decoder.tickets == []  # one segment ahead, not two
+    hand_over(encoder.tickets[0], 1)
+    assert ahead.handover.payload == 1
+    assert ahead.after is None
+    hand_over(ahead, 2)
+    hand_over(decoder.tickets[0], 3)
+    assert job.result(0).seed == 3
+    assert kinds(job) == ["queued", "started", "started", "started", "done"]
+    assert len(denoiser.followed) == 1
+    assert [replica.tickets for replica in (encoder, denoiser, decoder)] == [[], [], []]
+
+
+def test_an_answer_that_comes_before_the_one_it_waited_for_is_kept_until_then() -> None:
+    made, encoder, denoiser, decoder = promising()
+    job = submit_promised(made)
+    hand_over(denoiser.tickets[0], 2)
+    assert job.status == "running"
+    assert decoder.tickets == []
+    hand_over(encoder.tickets[0], 1)
+    hand_over(decoder.tickets[0], 3)
+    assert job.result(0).seed == 3
+    assert denoiser.tickets == []
+
+
+def test_what_was_given_ahead_is_taken_back_when_the_segment_before_fails() -> None:
+    made, encoder, denoiser, _ = promising()
+    job = submit_promised(made)
+    (ahead,) = denoiser.tickets
+    encoder.tickets[0].done(encoder.tickets[0], WireError("a bit flipped"))
+    assert denoiser.cancelled == [ahead]
+    assert ahead not in denoiser.tickets
+    hand_over(ahead, 2)  # too late: nobody listens
+    assert (job.status, len(job.lost)) == ("running", 1)
+    for replica, position in ((encoder, 1), (denoiser, 2)):
+        hand_over(replica.tickets[0], position)
+    assert job.status == "running"
+
+
+def test_a_replica_that_is_lost_before_its_turn_costs_the_request_nothing() -> None:
+    made, encoder, denoiser, _ = promising()
+    job = submit_promised(made)
+    made.remove(denoiser, "killed")
+    assert job.lost == []
+    hand_over(encoder.tickets[0], 1)
+    other = Promising("another", D)
+    made.add(other)
+    assert [ticket.handover.payload for ticket in other.tickets] == [1]
+
+
+def test_a_replica_with_other_work_is_not_given_segments_ahead() -> None:
+    made, encoder, denoiser, _ = promising()
+    submit_promised(made)
+    submit_promised(made)
+    assert len(encoder.tickets) == 2
+    assert len(denoiser.tickets) == 1
+
+
+def test_cancelling_takes_back_what_was_given_ahead() -> None:
+    made, encoder, denoiser, _ = promising()
+    job = submit_promised(made)
+    (ahead,) = denoiser.tickets
+    job.cancel()
+    encoder.tickets[0].done(encoder.tickets[0], Cancelled("the request was cancelled"))
+    assert ahead in denoiser.cancelled
+    assert (denoiser.tickets, encoder.tickets, len(made)) == ([], [], 0)

@@ -27,7 +27,7 @@ from triptych.engine.pools import Pool, parse_pools
 from triptych.engine.ray_cluster import NAMESPACE, connect, open_register, start_replica
 from triptych.engine.replica import Handover, Replica, Ticket
 from triptych.engine.router import Policy, Router
-from triptych.errors import ModelError, RemoteError, UsageError, WireError, from_text
+from triptych.errors import ModelError, RemoteError, ReplicaLost, UsageError, WireError, from_text
 from triptych.roles import RoleType, parse_roles
 from triptych.runtime.model import load
 from triptych.runtime.preview import Projection
@@ -73,13 +73,17 @@ class RayReplica(Replica):
         self._names: dict[Ticket, str] = {}
 
     def start(self, ticket: Ticket) -> None:
+        self.follow(ticket, ticket.handover.payload)
+
+    def follow(self, ticket: Ticket, promise: Any) -> None:
         name = self._names[ticket] = f"{ticket.job.id}-{secrets.token_hex(4)}"
         left = None if ticket.job.deadline is None else ticket.job.deadline - time.monotonic()
         previews = None
         if ticket.job.previews is not None and ticket.role is RoleType.DENOISER:
             count, projection = ticket.job.previews
             previews = count, projection.weight.numpy()
-        outcome, data = self.actor.run.options(num_returns=2).remote(name, ticket.handover.payload, left, previews)
+        outcome, data = self.actor.run.options(num_returns=2).remote(name, promise, left, previews)
+        ticket.promise = data
         self._when_there(outcome, "finished", ticket, data)
 
     def cancel(self, ticket: Ticket) -> None:
@@ -194,7 +198,8 @@ class RayEngine(Engine):
 
     def hand_in(self, state: State) -> Handover:
         data = np.frombuffer(state.to_bytes(), np.uint8)
-        return Handover(state.next_role, data if data.nbytes < INLINE else ray.put(data))
+        then = state.route[state.position + 1 :]
+        return Handover(state.next_role, data if data.nbytes < INLINE else ray.put(data), then=then)
 
     def find_projection(self, timeout: float) -> Projection | None:
         decoders = [each for each in self.replicas if RoleType.DECODER in each.roles and each.state == "ready"]
@@ -295,8 +300,12 @@ class RayEngine(Engine):
         replica.busy = time.monotonic()
         # Not `result()`: an error raised here would hold this frame, and so the ticket, until it is garbage-collected.
         error = future.exception()
-        if isinstance(error, RayActorError):
+        if ticket not in replica.tickets:
+            return  # taken back; what it says may be of the replica it waited for
+        if isinstance(error, RayActorError) and ticket.after is None:
             self._lost(replica, f"{replica.name} died ({type(error).__name__})")
+        elif isinstance(error, RayActorError):  # this one, or the one it waited for
+            ticket.done(ticket, ReplicaLost(f"a replica died ({type(error).__name__})"))
         elif isinstance(error, (ObjectLostError, OwnerDiedError)):
             ticket.done(ticket, WireError(f"the hand-over was lost: {error}"))
         elif error is not None:
@@ -311,8 +320,9 @@ class RayEngine(Engine):
         """Return what a replica's answer means."""
         if "error" in told:
             return from_text(*told["error"])
-        if told["next"] is not None:
-            return Handover(RoleType(told["next"]), data, told["seconds"])
+        if told["turns"]:
+            role, *then = (RoleType(role) for role in told["turns"])
+            return Handover(role, data, told["seconds"], then=tuple(then))
         try:
             return Handover(None, State.from_bytes(np.array(ray.get(data)).data), told["seconds"])
         except (ObjectLostError, OwnerDiedError, WireError) as error:

@@ -7,15 +7,20 @@ import random
 import socket
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import triptych
-from triptych.errors import ReplicaRefusedError, to_text
+from triptych.errors import Cancelled, ReplicaRefusedError, to_text
 from triptych.roles import RoleType
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+
+_UNWANTED = 256
+"""Tickets that were taken back before they came, of which a replica remembers the newest."""
 
 
 class ReplicaActor:
@@ -62,6 +67,7 @@ class ReplicaActor:
         self._works: dict[str, Any] = {}
         self._progress: dict[str, tuple[str, int, int]] = {}
         self._previews: dict[str, list[tuple[int, int, bytes]]] = {}
+        self._unwanted: deque[str] = deque(maxlen=_UNWANTED)
 
     def describe(self) -> dict[str, Any]:
         """Return who and where it is, as plain values."""
@@ -95,6 +101,8 @@ class ReplicaActor:
         outcome: dict[str, Any] = {}
         after = np.empty(0, np.uint8)
         try:
+            if ticket in self._unwanted or not len(data):  # nothing: what it was to come from failed
+                raise Cancelled("the segment was taken back before it began")
             began = time.perf_counter()
             state = State.from_bytes(data.data)
             self._hop(len(data), time.perf_counter() - began)
@@ -105,8 +113,8 @@ class ReplicaActor:
             self._hop(len(after), time.perf_counter() - began)
             if random.random() < self._faults.get("corrupt", 0):
                 after[random.randrange(len(after))] ^= 1
-            following = None if finished.next_role is None else finished.next_role.value
-            outcome = {"next": following, "seconds": seconds}
+            turns = [role.value for role in finished.route[finished.position :]]
+            outcome = {"turns": turns, "seconds": seconds}
         except Exception as error:  # noqa: BLE001 (told to the router, which knows whose fault it is)
             outcome = {"error": to_text(error)}
         finally:
@@ -158,9 +166,11 @@ class ReplicaActor:
             self._hops[name] += value
 
     def cancel(self, ticket: str) -> None:
-        """Stop a ticket before its next step."""
+        """Stop a ticket before its next step, or before it begins."""
         if (work := self._works.get(ticket)) is not None:
             work.cancel()
+        else:
+            self._unwanted.append(ticket)
 
     def busy(self) -> int:
         """Return how many segments it has."""

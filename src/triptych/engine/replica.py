@@ -21,12 +21,14 @@ class Handover:
             by running it, so it can be run again.
         seconds: what the segment before took.
         before: what that segment started from, until the next one has read this.
+        then: whose turns come after that, where a replica may be told before the state is there.
     """
 
     next_role: RoleType | None
     payload: Any
     seconds: float = 0.0
     before: Handover | None = None
+    then: tuple[RoleType, ...] = ()
 
 
 @dataclass(eq=False)
@@ -44,6 +46,10 @@ class Ticket:
         progress: the share of it that is done.
         computing: whether it is known to have begun.
         shown: the step of its last preview.
+        promise: a reference to what it will leave, where the engine has such.
+        ahead: the job's next ticket, where a replica has been given that already.
+        after: the ticket whose end this one waits for, where it was given ahead.
+        early: how this one ended, where that was told before the end of the one it waited for.
     """
 
     job: Job
@@ -58,6 +64,10 @@ class Ticket:
     progress: float = 0.0
     computing: bool = False
     shown: int = 0
+    promise: Any = None
+    ahead: Ticket | None = None
+    after: Ticket | None = None
+    early: Handover | Exception | None = None
 
     def report(self, stage: str, step: int, steps: int) -> None:
         """Take note of a step, and tell the job."""
@@ -92,6 +102,10 @@ class Replica(ABC):
     @abstractmethod
     def start(self, ticket: Ticket) -> None:
         """Begin a ticket's segment; returns at once. `ticket.done` is called later, from any thread."""
+
+    def follow(self, ticket: Ticket, promise: Any) -> None:
+        """Begin a ticket's segment when what another replica has promised is there; as `start` otherwise."""
+        raise NotImplementedError(f"{type(self).__name__} makes and takes no promises")
 
     @abstractmethod
     def cancel(self, ticket: Ticket) -> None:

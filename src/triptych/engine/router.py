@@ -132,9 +132,14 @@ class Router:
             if replica not in self.replicas:
                 return
             self.replicas.remove(replica)
-            tickets, replica.tickets = replica.tickets, []
+            given, replica.tickets = replica.tickets, []
+            tickets = [ticket for ticket in given if ticket.after is None]
             guilty = [ticket for ticket in tickets if ticket.computing] or tickets[:1]
-            for ticket in tickets:
+            for ticket in given:
+                if ticket.after is not None:  # its turn has not come: somebody else gets it then
+                    ticket.after.ahead, ticket.after = None, None
+                    continue
+                self._withdraw(ticket)
                 self._lose(ticket, reason, counts=ticket in guilty)
             self._dispatch()
 
@@ -173,10 +178,49 @@ class Router:
                 full.add(ticket.role)
                 continue
             self._waiting.remove(ticket)
-            ticket.replica, ticket.since = replica, time.monotonic()
             replica.tickets.append(ticket)
-            ticket.job.tell("started", role=ticket.role.value, replica=replica.name)
+            self._note_start(ticket, replica)
             replica.start(ticket)
+            self._look_ahead(ticket)
+
+    def _note_start(self, ticket: Ticket, replica: Replica) -> None:
+        ticket.replica, ticket.since = replica, time.monotonic()
+        ticket.job.tell("started", role=ticket.role.value, replica=replica.name)
+
+    def _look_ahead(self, ticket: Ticket) -> None:
+        """Give the job's next segment to a replica that has nothing to do, so that the state goes straight there."""
+        role = next(iter(ticket.handover.then), None)
+        if role is None or ticket.promise is None or ticket.alone or self._policy != "predicted":
+            return
+        if any(waiting.role is role for waiting in self._waiting):
+            return
+        idle = [each for each in self.replicas if role in each.roles and not each.draining and not each.tickets]
+        if not idle:
+            return
+        job, replica = ticket.job, min(idle, key=lambda each: each.name)
+        work = work_of(self._jobs[job], role)
+        promised = Handover(role, None, then=ticket.handover.then[1:])
+        ahead = Ticket(job, role, promised, work, self.costs.predict(role, work), False, self._done, replica)
+        ahead.after, ticket.ahead = ticket, ahead
+        replica.tickets.append(ahead)
+        replica.follow(ahead, ticket.promise)
+
+    def _catch_up(self, ahead: Ticket, handover: Handover) -> None:
+        """Let a ticket that was given ahead be the job's running one: the segment before it is done."""
+        assert ahead.replica is not None
+        ahead.after, ahead.handover = None, handover
+        self._note_start(ahead, ahead.replica)
+        self._look_ahead(ahead)
+        if ahead.early is not None:
+            self._done(ahead, ahead.early)
+
+    def _withdraw(self, ticket: Ticket) -> None:
+        """Take back what was given ahead of a ticket's end."""
+        ahead, ticket.ahead = ticket.ahead, None
+        if ahead is not None and ahead.replica is not None:
+            ahead.after = None
+            ahead.replica.tickets.remove(ahead)
+            ahead.replica.cancel(ahead)
 
     def _pick(self, ticket: Ticket) -> Replica | None:
         """Return the replica that is to run a ticket; None where it is better to wait."""
@@ -211,15 +255,24 @@ class Router:
     def _done(self, ticket: Ticket, outcome: Handover | Exception) -> None:
         with self._lock:
             replica, job = ticket.replica, ticket.job
+            if ticket.after is not None:
+                ticket.early = outcome
+                return
             if replica is None or ticket not in replica.tickets:
                 return  # it was given up before
             replica.tickets.remove(ticket)
+            if job.status in ENDED or not isinstance(outcome, Handover):
+                self._withdraw(ticket)
+            ahead, ticket.ahead, ticket.promise = ticket.ahead, None, None
             if job.status in ENDED:
                 self._forget(job)
             elif isinstance(outcome, Handover):
                 self.costs.learn(ticket.role, ticket.work, outcome.seconds)
                 outcome.before, ticket.handover.before = ticket.handover, None
-                self._proceed(job, outcome)
+                if ahead is None:
+                    self._proceed(job, outcome)
+                else:
+                    self._catch_up(ahead, outcome)
             elif isinstance(outcome, WireError):  # what it was given is damaged or gone: made once more
                 ticket.handover = ticket.handover.before or ticket.handover
                 self._lose(ticket, str(outcome), counts=True)
