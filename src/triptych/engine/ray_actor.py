@@ -71,11 +71,14 @@ class ReplicaActor:
 
     def describe(self) -> dict[str, Any]:
         """Return who and where it is, as plain values."""
+        import ray
+
         return {
             **self._replica.describe(),
             **self._identity,
             "hops": dict(self._hops),
             "pid": os.getpid(),
+            "node": ray.get_runtime_context().get_node_id(),
             "host": socket.gethostname(),
         }
 
@@ -182,7 +185,7 @@ class ReplicaActor:
         return {
             "progress": dict(self._progress),
             "previews": previews,
-            "replica": {**self._replica.describe(), "hops": dict(self._hops)},
+            "replica": {**self._replica.describe(), "hops": dict(self._hops), "busy": self.busy()},
         }
 
     def projection(self, timeout: float) -> npt.NDArray[np.float32] | None:

@@ -1,4 +1,4 @@
-"""The Ray cluster under a service: connecting to it, the register of its replicas, and starting one."""
+"""The Ray cluster under a service: connecting to it, and starting a replica on it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from triptych.engine.ray_actor import ReplicaActor, difference
-from triptych.errors import ReplicaRefusedError, UsageError
+from triptych.engine.ray_actor import ReplicaActor
+from triptych.engine.ray_register import NAMESPACE
+from triptych.errors import UsageError
 
 log = logging.getLogger(__name__)
-
-NAMESPACE = "triptych"
-REGISTER = "register"
 
 
 def connect(address: str | None) -> bool:
@@ -75,71 +72,6 @@ def _start(address: str | None) -> bool:
     return False
 
 
-class Register:
-    """The one list of a service's replicas, that every router reads. Runs as an actor of its own.
-
-    Args:
-        identity: version and model fingerprint, which every replica must have.
-    """
-
-    def __init__(self, identity: dict[str, str]) -> None:
-        self._identity = identity
-        self._members: dict[str, dict[str, Any]] = {}
-
-    def identity(self) -> dict[str, str]:
-        """Return the version and the model's fingerprint."""
-        return self._identity
-
-    def add(self, name: str, pool: str) -> None:
-        """Enter a replica under the name of its actor."""
-        self._members[name] = {"pool": pool, "draining": False}
-
-    def drain(self, name: str) -> bool:
-        """Ask that a replica be given nothing more; returns False where there is none of that name."""
-        if name in self._members:
-            self._members[name]["draining"] = True
-        return name in self._members
-
-    def remove(self, name: str) -> None:
-        """Strike a replica out."""
-        self._members.pop(name, None)
-
-    def members(self) -> dict[str, dict[str, Any]]:
-        """Return all replicas: pool and whether it is draining, by name."""
-        return self._members
-
-
-def open_register(identity: dict[str, str]) -> Any:
-    """Return the service's register, made if there is none yet.
-
-    Raises:
-        ReplicaRefusedError: the cluster serves another model, or with another version.
-    """
-    remote: Any = ray.remote  # typed for functions of fixed arity only
-    actor = remote(num_cpus=0, max_restarts=-1)(Register)
-    register = actor.options(name=REGISTER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True).remote(
-        identity
-    )
-    theirs = ray.get(register.identity.remote())
-    if theirs != identity:
-        raise ReplicaRefusedError(difference(identity, theirs))
-    return register
-
-
-def find_register() -> Any:
-    """Return the register of the service that this cluster runs.
-
-    Raises:
-        UsageError: it runs none.
-    """
-    try:
-        register = ray.get_actor(REGISTER, namespace=NAMESPACE)
-        ray.get(register.identity.remote(), timeout=10)
-    except (ValueError, GetTimeoutError) as error:
-        raise UsageError("this Ray cluster runs no Triptych service yet: start one with `triptych serve`") from error
-    return register
-
-
 def start_replica(
     name: str,
     source: str,
@@ -155,15 +87,18 @@ def start_replica(
 
     Args:
         gpus: to reserve for it.
-        here: whether it must run on this machine.
+        here: whether it is to run on this machine, and to end with this process.
     """
     environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     remote: Any = ray.remote
     actor = remote(num_cpus=0, num_gpus=gpus, max_restarts=-1, max_task_retries=0, max_concurrency=64)(ReplicaActor)
-    where = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False) if here else "DEFAULT"
+    where: Any = "DEFAULT" if gpus else "SPREAD"  # where nothing is reserved, Ray would put all on one machine
+    if here:
+        where = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return actor.options(
         name=name,
         namespace=NAMESPACE,
         scheduling_strategy=where,
+        lifetime=None if here else "detached",  # it outlives the router that started it: there may be others
         runtime_env={"env_vars": environment},
     ).remote(name, source, roles, options, threads=threads, **arguments)

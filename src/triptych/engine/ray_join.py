@@ -14,7 +14,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from triptych.engine.local import PROMPT_CACHE
-from triptych.engine.ray_cluster import connect, find_register, start_replica
+from triptych.engine.ray_cluster import connect, start_replica
+from triptych.engine.ray_register import find_register
 from triptych.errors import ModelError, ReplicaRefusedError
 from triptych.roles import RoleType
 
@@ -58,7 +59,7 @@ def join(
     """
     connect(address)
     register = find_register()
-    options = {"dtype": dtype, "tasks": tasks, "revision": revision, "variant": variant}
+    options: dict[str, Any] = {"dtype": dtype, "tasks": tasks, "revision": revision, "variant": variant}
     role = RoleType(role)
     name = f"{role.value}-{secrets.token_hex(3)}"
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -80,7 +81,7 @@ def join(
         if ReplicaRefusedError.__name__ in str(error):
             raise ReplicaRefusedError(str(error).rstrip().rpartition("\n")[2].partition(": ")[2]) from None
         raise ModelError(f"the replica could not start: {error}") from error
-    ray.get(register.add.remote(name, role.value))
+    ray.get(register.add.remote(name, role.value, joined=True))
     if on_ready is not None:
         on_ready(told)
     try:

@@ -1,0 +1,171 @@
+"""The register: what all routers of a service on a Ray cluster share."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from triptych.engine.ray_actor import difference
+from triptych.errors import ReplicaRefusedError, UsageError
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "triptych"
+REGISTER = "register"
+SILENT = 5.0
+"""Seconds after which a router that was not heard is taken to be gone."""
+ORPHANED = 60.0
+"""Seconds after the last router's last word, after which the replicas are ended. One that is back by then finds them."""
+
+
+class Register:
+    """Knows the replicas, how many of them each pool is to have, and the routers. Runs as an actor of its own.
+
+    The first of the routers that are alive keeps the pools: it starts and drains replicas.
+
+    Args:
+        orphaned: seconds without a router after which the replicas are ended.
+    """
+
+    def __init__(self, orphaned: float = ORPHANED) -> None:
+        self._identity: dict[str, str] | None = None
+        self._epoch = secrets.token_hex(4)  # another one after Ray had to start this actor anew
+        self._members: dict[str, dict[str, Any]] = {}
+        self._pools: dict[str, dict[str, Any]] = {}
+        self._routers: dict[str, float] = {}
+        self._heard = time.monotonic()
+        self._orphaned = orphaned
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def identity(self) -> dict[str, str] | None:
+        """Return the version and the fingerprint that every replica must have; None where nothing is served."""
+        return self._identity
+
+    def enter(self, router: str, identity: dict[str, str]) -> dict[str, str]:
+        """Let a router take part; returns the service's identity, which is the first router's."""
+        if not self._alive() and not self._members:
+            self._identity = identity
+        if identity == self._identity:
+            self.pulse(router)
+        assert self._identity is not None
+        return self._identity
+
+    def pulse(self, router: str) -> dict[str, Any]:
+        """Take note that a router is alive; returns all there is to know."""
+        self._heard = self._routers[router] = time.monotonic()  # a known one keeps its place
+        return {
+            "epoch": self._epoch,
+            "keeper": self._alive()[0],
+            "members": self._members,
+            "pools": self._pools,
+        }
+
+    def restore(
+        self, identity: dict[str, str], members: dict[str, dict[str, Any]], pools: dict[str, dict[str, Any]]
+    ) -> None:
+        """Learn again from a router what was known before Ray had to start this actor anew."""
+        self._identity = self._identity or identity
+        self._members = {**members, **self._members}
+        self._pools = {**pools, **self._pools}
+
+    def leave(self, router: str) -> bool:
+        """Strike a router out; returns whether it was the last, and so the service has ended."""
+        self._routers.pop(router, None)
+        if self._alive():
+            return False
+        self._forget()
+        return True
+
+    def declare(self, pools: dict[str, dict[str, Any]]) -> None:
+        """Enter pools: `least`, `most` and `target` replicas, and the `arguments` to start one with."""
+        self._pools.update(pools)
+
+    def scale(self, pool: str, target: int, *, fixed: bool = True) -> None:
+        """Set how many replicas a pool is to have; where that is `fixed`, for good."""
+        bounds = {"least": target, "most": target} if fixed else {}
+        self._pools[pool].update(target=target, **bounds)
+
+    def add(self, name: str, pool: str, *, joined: bool = False) -> None:
+        """Enter a replica under the name of its actor; one that `joined` counts to no pool's number."""
+        self._members[name] = {"pool": pool, "joined": joined, "draining": False}
+
+    def drain(self, name: str) -> bool:
+        """Ask that a replica be given nothing more; returns False where there is none of that name."""
+        if name in self._members:
+            self._members[name]["draining"] = True
+        return name in self._members
+
+    def remove(self, name: str) -> None:
+        """Strike a replica out."""
+        self._members.pop(name, None)
+
+    def members(self) -> dict[str, dict[str, Any]]:
+        """Return all replicas, by name: `pool`, whether it `joined` from outside, whether it is `draining`."""
+        return self._members
+
+    def _alive(self) -> list[str]:
+        now = time.monotonic()
+        self._routers = {name: heard for name, heard in self._routers.items() if now - heard < SILENT}
+        return list(self._routers)
+
+    def _forget(self) -> None:
+        self._members, self._pools, self._identity = {}, {}, None
+
+    def _watch(self) -> None:
+        """End the replicas that no router is left for."""
+        while True:
+            time.sleep(1)
+            if self._members and time.monotonic() - self._heard > self._orphaned:
+                members = self._members
+                self._forget()
+                for name, member in members.items():
+                    if not member["joined"]:  # those that joined see that they are struck out, and leave
+                        end(name)
+
+
+def end(name: str) -> None:
+    """End a replica's process for good, if it is there."""
+    try:
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+    except (ValueError, RayError) as error:
+        log.info("%s is gone already: %s", name, error)
+
+
+def open_register(router: str, identity: dict[str, str], *, orphaned: float = ORPHANED) -> Any:
+    """Return the cluster's register, made if there is none yet, with a router entered.
+
+    Raises:
+        ReplicaRefusedError: the cluster serves another model, or with another version.
+    """
+    remote: Any = ray.remote  # typed for functions of fixed arity only
+    actor = remote(num_cpus=0, max_restarts=-1, max_task_retries=3)(Register)
+    register = actor.options(name=REGISTER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True).remote(
+        orphaned
+    )
+    theirs = ray.get(register.enter.remote(router, identity))
+    if theirs != identity:
+        raise ReplicaRefusedError(difference(identity, theirs))
+    return register
+
+
+def find_register() -> Any:
+    """Return the register of the service that this cluster runs.
+
+    Raises:
+        UsageError: it runs none.
+    """
+    identity: dict[str, str] | None = None
+    try:
+        register = ray.get_actor(REGISTER, namespace=NAMESPACE)
+        identity = ray.get(register.identity.remote(), timeout=10)
+    except (ValueError, GetTimeoutError) as error:
+        log.info("no register: %s", error)
+    if identity is None:
+        raise UsageError("this Ray cluster runs no Triptych service yet: start one with `triptych serve`")
+    return register

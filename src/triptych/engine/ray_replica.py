@@ -1,0 +1,126 @@
+"""A replica on Ray as a router sees it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import ray
+
+from triptych.engine.local import SLOTS
+from triptych.engine.replica import Replica, Ticket
+from triptych.engine.router import Router
+from triptych.roles import RoleType, parse_roles
+
+log = logging.getLogger(__name__)
+
+_QUIET = 3
+"""Signs of life without work after which a draining replica is done: by then every router knows that it is draining."""
+
+
+class RayReplica(Replica):
+    """An actor as the router sees it.
+
+    Attributes:
+        actor: Ray's handle.
+        state: `starting` until it has loaded, `ready`, or `closed`.
+        told: what it last told of itself.
+        joined: whether a process of its own added it: that one ends it, too.
+    """
+
+    def __init__(self, name: str, pool: str, actor: Any, later: Callable[..., None], *, joined: bool = False) -> None:
+        super().__init__(name, parse_roles(pool), dict(SLOTS))
+        self.pool = pool
+        self.joined = joined
+        self.actor = actor
+        self.state = "starting"
+        self.told: dict[str, Any] = {}
+        self.asked: float | None = None  # when it was asked for a sign of life that has not come yet
+        self.busy = time.monotonic()  # when it last had work
+        self.failure: BaseException | None = None
+        self.losses = 0  # times it died or hung
+        self._quiet = 0  # signs of life since it was to be given nothing more, in which it had nothing
+        self._later = later
+        self._names: dict[Ticket, str] = {}
+
+    def start(self, ticket: Ticket) -> None:
+        self.follow(ticket, ticket.handover.payload)
+
+    def follow(self, ticket: Ticket, promise: Any) -> None:
+        name = self._names[ticket] = f"{ticket.job.id}-{secrets.token_hex(4)}"
+        left = None if ticket.job.deadline is None else ticket.job.deadline - time.monotonic()
+        previews = None
+        if ticket.job.previews is not None and ticket.role is RoleType.DENOISER:
+            count, projection = ticket.job.previews
+            previews = count, projection.weight.numpy()
+        outcome, data = self.actor.run.options(num_returns=2).remote(name, promise, left, previews)
+        ticket.promise = data
+        self._when_there(outcome, "finished", ticket, data)
+
+    def cancel(self, ticket: Ticket) -> None:
+        if (name := self._names.get(ticket)) is not None:
+            self.actor.cancel.remote(name)
+
+    def ask(self) -> None:
+        """Ask for a sign of life; a starting replica answers when it has loaded."""
+        self.asked = time.monotonic()
+        method = self.actor.describe if self.state == "starting" else self.actor.beat
+        self._when_there(method.remote(), "told")
+
+    def hear(self, beat: dict[str, Any]) -> None:
+        """Take note of a sign of life: how far its tickets are."""
+        self.told.update(beat["replica"])
+        self._quiet = self._quiet + 1 if self.draining and not beat["replica"]["busy"] else 0
+        for ticket, name in list(self._names.items()):
+            step = beat["progress"].get(name)
+            if step is not None and ticket.progress != step[1] / step[2]:
+                ticket.report(*step)
+            for preview in beat["previews"].get(name, ()):
+                ticket.show(*preview)
+
+    def forget(self, ticket: Ticket) -> None:
+        """Take note that a ticket has been answered."""
+        self._names.pop(ticket, None)
+
+    @property
+    def drained(self) -> bool:
+        """Whether it was to be given nothing more, and has nothing left, of this router or of another."""
+        return self.draining and not self.tickets and (self.state != "ready" or self._quiet >= _QUIET)
+
+    def kill(self) -> None:
+        """End the process at once, even one that is stopped; Ray starts it anew."""
+        if self.told.get("host") == socket.gethostname():
+            try:
+                os.kill(self.told["pid"], signal.SIGKILL)
+                return
+            except ProcessLookupError:
+                return
+        ray.kill(self.actor, no_restart=False)
+
+    def lose(self, router: Router, reason: str) -> None:
+        """Take note that the process has died; its tickets go elsewhere, and Ray starts it anew."""
+        if self.state == "ready":
+            self.state, self.asked = "starting", None
+            self.losses += 1
+            log.warning("%s; its requests go elsewhere, and it is started anew", reason)
+            router.remove(self, reason)
+
+    def close(self) -> None:
+        self.state = "closed"
+        ray.kill(self.actor, no_restart=True)
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.told, **super().describe(), "state": self.state}
+
+    def _when_there(self, reference: Any, what: str, *details: Any) -> None:
+        def hand_on(future: Future[Any]) -> None:  # in a thread of Ray's, which must not wait
+            self._later(what, self, future, *details)
+
+        reference.future().add_done_callback(hand_on)
