@@ -105,6 +105,10 @@ def members() -> dict[str, Any]:
     return found
 
 
+def named() -> set[str]:
+    return {each["name"] for each in ray.util.list_named_actors(all_namespaces=True)}
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -161,8 +165,9 @@ def test_a_register_that_dies_learns_again_from_the_routers(repository: Path, ad
 
 
 def test_replicas_without_a_router_are_found_again_or_end(repository: Path, address: str) -> None:
-    ray.kill(ray.get_actor(REGISTER, namespace=NAMESPACE))
-    wait_until(lambda: not [each for each in ray.util.list_named_actors(all_namespaces=True) if each["name"] == REGISTER])
+    if REGISTER in named():
+        ray.kill(ray.get_actor(REGISTER, namespace=NAMESPACE))
+    wait_until(lambda: REGISTER not in named())
     identity = {"version": triptych.__version__, "fingerprint": triptych.load(repository, role="server").fingerprint}
     register = open_register("the test", identity, orphaned=12.0)
     ray.get(register.leave.remote("the test"))
@@ -175,4 +180,4 @@ def test_replicas_without_a_router_are_found_again_or_end(repository: Path, addr
     assert second.answer()["seed"] == 1
     second.process.send_signal(signal.SIGKILL)
     wait_until(lambda: members() == {}, 40)
-    wait_until(lambda: not [each for each in ray.util.list_named_actors(all_namespaces=True) if each["name"] in names])
+    wait_until(lambda: not names & named())

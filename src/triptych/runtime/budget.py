@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 import torch
 
@@ -57,6 +58,23 @@ def measure(stage: Denoising, sample: Forward, interrupted: Callable[[], bool]) 
     return budget
 
 
+def rehearse(stage: Denoising, sample: Forward, budget: int) -> int:
+    """Run one forward as large as a budget allows; returns the budget, or less where memory does not suffice.
+
+    Memory is then at its highest from the start, not from some busy hour on.
+    """
+    copies = min(budget // sample.size, MOST_ROWS)
+    while copies > 1:
+        try:
+            stage.predict([replace(sample) for _ in range(copies)], exact=False)
+        except (torch.OutOfMemoryError, MemoryError):
+            log.warning("%d requests in one forward do not fit into memory: half of them are tried", copies)
+            budget = (copies := copies // 2) * sample.size
+        else:
+            return budget
+    return max(budget, sample.size)
+
+
 def key(fingerprint: str, device: torch.device, dtype: torch.dtype, threads: int) -> str:
     """Return what a measured budget holds for: this model, on this kind of device, in this dtype."""
     where = f"cpu x{threads}" if device.type == "cpu" else torch.cuda.get_device_name(device)
@@ -70,10 +88,7 @@ def cache_file() -> Path:
 
 def recall(name: str) -> int | None:
     """Return the budget that was measured under this key, if one was."""
-    try:
-        found = json.loads(cache_file().read_text())[name]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    found = _known().get(name)
     return found if isinstance(found, int) and found > 0 else None
 
 
@@ -82,14 +97,19 @@ def remember(name: str, budget: int) -> None:
     path = cache_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            known = json.loads(path.read_text())
-        except (OSError, ValueError):
-            known = {}
         with NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({**known, name: budget}, file, indent=1)
+            json.dump({**_known(), name: budget}, file, indent=1)
         os.replace(file.name, path)
     except OSError as error:
         log.warning(
             "the measured batch budget cannot be kept in %s (%s): it is measured again at every start", path, error
         )
+
+
+def _known() -> dict[str, Any]:
+    """Return what the file holds; nothing where it is missing or broken."""
+    try:
+        known = json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}

@@ -1,0 +1,111 @@
+"""The batch budget: measured once, kept on disk, and tried out before it is relied on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import triptych
+from triptych.runtime import budget
+from triptych.runtime.model import Model
+from triptych.runtime.segment import Turn
+from triptych.stages.denoising import Denoising, Forward
+
+
+@pytest.fixture(scope="module")
+def model(tiny_repo: Callable[..., Path]) -> Model:
+    return triptych.load(tiny_repo("flux2_klein"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def turn(model: Model) -> Turn:
+    state = model.admit(
+        triptych.Request(prompt="a red fox", height=64, width=48, num_inference_steps=1, max_sequence_length=24)
+    )
+    assert list(model.segment(state)) == []  # the encoder's: no forwards
+    return next(model.segment(state))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRIPTYCH_CACHE", str(tmp_path))
+    return tmp_path / "budgets.json"
+
+
+def most_rows(monkeypatch: pytest.MonkeyPatch, stage: Denoising, most: int) -> list[int]:
+    """Let a stage's forwards of more rows run out of memory; returns the rows of those that were tried."""
+    tried: list[int] = []
+    call = stage.call
+
+    def limited(forward: Forward) -> torch.Tensor:
+        tried.append(forward.rows(stage.shared))
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError("no more")
+        return call(forward)
+
+    monkeypatch.setattr(stage, "call", limited)
+    return tried
+
+
+def test_a_budget_is_measured_by_doubling_and_is_a_multiple_of_one_request(turn: Turn) -> None:
+    sample = turn.forwards[0]
+    measured = budget.measure(turn.stage, sample, lambda: False)
+    assert measured is not None
+    copies = measured / sample.size
+    assert copies in (1, 2, 4, 8, 16, 32, 64)
+
+
+def test_measuring_ends_where_memory_does(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "GAIN", 0.0)  # else noise might end it before
+    tried = most_rows(monkeypatch, turn.stage, 4)
+    assert budget.measure(turn.stage, turn.forwards[0], lambda: False) == 4 * turn.forwards[0].size
+    assert max(tried) == 8
+
+
+def test_measuring_gives_way_to_requests(turn: Turn) -> None:
+    assert budget.measure(turn.stage, turn.forwards[0], lambda: True) is None
+
+
+def test_a_remembered_budget_is_tried_once_at_its_full_size(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = most_rows(monkeypatch, turn.stage, 100)
+    sample = turn.forwards[0]
+    assert budget.rehearse(turn.stage, sample, 6 * sample.size) == 6 * sample.size
+    assert tried == [6]
+
+
+def test_a_remembered_budget_shrinks_to_what_memory_holds_now(
+    turn: Turn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = most_rows(monkeypatch, turn.stage, 3)
+    sample = turn.forwards[0]
+    assert budget.rehearse(turn.stage, sample, 8 * sample.size) == 2 * sample.size
+    assert tried == [8, 4, 2]
+    assert "8 requests in one forward do not fit" in caplog.text
+
+
+def test_a_budget_outlives_the_process(cache: Path) -> None:
+    name = budget.key("a1b2", torch.device("cpu"), torch.float32, 2)
+    assert budget.recall(name) is None
+    budget.remember(name, 4096)
+    budget.remember("another", 7)
+    assert json.loads(cache.read_text()) == {"a1b2/cpu x2/float32": 4096, "another": 7}
+    assert budget.recall(name) == 4096
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"x": "many"}', '{"x": -1}'])
+def test_a_broken_file_of_budgets_is_measured_anew(cache: Path, content: str) -> None:
+    cache.write_text(content)
+    assert budget.recall("x") is None
+    budget.remember("x", 5)
+    assert budget.recall("x") == 5
+
+
+def test_a_folder_that_cannot_be_written_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRIPTYCH_CACHE", str(tmp_path / "file"))
+    budget.remember("x", 5)
+    assert "cannot be kept" in caplog.text
