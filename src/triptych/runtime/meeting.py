@@ -1,0 +1,305 @@
+"""Where requests meet: their stages run side by side, and where they call the same model, one call serves them all.
+
+Each request's stage runs as it would alone, in a thread of its own of which only one is awake at a time. At a call of a
+model whose rows do not depend on each other it stops; when all have come that far, or ended, the calls that fit together
+are made as one, and each goes on with its rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from typing import Any
+
+import torch
+
+from triptych.runtime.pace import MOST_ROWS, Pace
+from triptych.runtime.rows import Call, own, run_joined
+
+log = logging.getLogger(__name__)
+
+KINDS = 256
+"""Kinds of calls that are remembered; those met longest ago are forgotten first."""
+ROOM = 0.5
+"""The share of a device's free memory that a larger call may be expected to take."""
+
+_guest: ContextVar[Guest | None] = ContextVar("_guest", default=None)
+
+
+class Guest:
+    """A part of one request's work, in a thread that is awake only from `resume` to its next call, or its end.
+
+    Attributes:
+        call: what it waits for; None where it has ended.
+        ended: whether it has.
+        seconds: what it took, its share of shared calls included.
+    """
+
+    def __init__(self, part: Callable[[], None], threads: ThreadPoolExecutor) -> None:
+        self.call: Call | None = None
+        self.ended = False
+        self.seconds = 0.0
+        self._go, self._back = threading.Lock(), threading.Lock()
+        self._go.acquire()
+        self._back.acquire()
+        self._future: Future[None] = threads.submit(copy_context().run, self._live, part)
+
+    def resume(self) -> None:
+        """Let it go on; returns when it waits for a call or has ended."""
+        began = time.perf_counter()
+        self._go.release()
+        self._back.acquire()
+        self.seconds += time.perf_counter() - began
+
+    def dismiss(self, error: BaseException) -> None:
+        """Let it end: whatever it calls fails."""
+        while not self.ended:
+            if self.call is not None:
+                self.call.answer = functools.partial(_fail, error)
+            self.resume()
+
+    def ask(self, call: Call) -> Any:
+        """Wait, in its thread, for a call to be made; returns what came back."""
+        self.call = call
+        self._back.release()
+        self._go.acquire()
+        self.call = None
+        assert call.answer is not None
+        return call.answer()
+
+    @property
+    def error(self) -> Exception | None:
+        """What ended it early."""
+        error = self._future.exception()
+        if error is not None and not isinstance(error, Exception):
+            raise error
+        return error
+
+    def _live(self, part: Callable[[], None]) -> None:
+        _guest.set(self)
+        self._go.acquire()
+        try:
+            part()
+        finally:
+            self.ended = True
+            self._back.release()
+
+
+class Meeting:
+    """Runs parts of several requests side by side, and learns which calls gain from being shared.
+
+    One thread at a time may use it.
+
+    Args:
+        rows: how many a shared call may have; None to learn that.
+
+    Attributes:
+        worth: how many parts it is worth to run together, by the calls made since it was set to None; None without any.
+    """
+
+    def __init__(self, device: torch.device, rows: int | None = None) -> None:
+        self.device = device
+        self.worth: int | None = None
+        self._rows = rows
+        self._paces: OrderedDict[object, Pace] = OrderedDict()
+        self._threads: ThreadPoolExecutor | None = None
+        self._places = 0
+        self._compiled: dict[int, bool] = {}
+
+    def run(self, parts: Sequence[Callable[[], None]], modules: Iterable[torch.nn.Module]) -> list[Guest]:
+        """Run parts to their ends, sharing their calls of `modules`; returns what became of each."""
+        if self._threads is None or self._places < len(parts):
+            self.close()
+            self._places = max(len(parts), MOST_ROWS)  # a part without a thread would hold up all the others
+            many = torch.get_num_threads()  # counted by thread: those of the pool compute like the caller's
+            self._threads = ThreadPoolExecutor(
+                self._places, "meeting", initializer=torch.set_num_threads, initargs=(many,)
+            )
+        guests = [Guest(part, self._threads) for part in parts]
+        with _stopping([each for each in modules if not self._is_compiled(each)]):
+            awake = guests
+            try:
+                while awake:
+                    for guest in awake:
+                        guest.resume()
+                    awake = [guest for guest in awake if not guest.ended]
+                    calls = [guest.call for guest in awake if guest.call is not None]
+                    with torch.no_grad():
+                        self._answer(calls)
+                    for guest, call in zip(awake, calls):
+                        guest.seconds += call.seconds
+            except BaseException as error:
+                for guest in guests:
+                    guest.dismiss(error)
+                raise
+        return guests
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
+
+    def _answer(self, calls: list[Call]) -> None:
+        """Make the calls, those of one form together."""
+        groups: dict[object, list[Call]] = {}
+        for call in calls:
+            groups.setdefault(id(call) if call.rows is None else call.form(), []).append(call)
+        for form, group in groups.items():
+            if group[0].rows is None:
+                _run_apart(group)
+            else:
+                self._answer_group(self._pace(form), group)
+
+    def _answer_group(self, pace: Pace, group: list[Call]) -> None:
+        same: dict[object, list[Call]] = {}
+        for call in group:
+            same.setdefault(call.content(), []).append(call)
+        waiting = [calls[0] for calls in same.values()]
+        while waiting:
+            aim = min(pace.aim, self._fitting(pace))
+            chunk = [waiting.pop(0)]
+            rows = chunk[0].rows or 1
+            while waiting and rows + (waiting[0].rows or 1) <= aim:
+                chunk.append(waiting.pop(0))
+                rows += chunk[-1].rows or 1
+            self._run(pace, chunk, rows)
+        for first, *others in same.values():
+            if others:
+                _pass_on(first, others)
+        worth = pace.worth // min(call.rows or 1 for call in group)
+        self.worth = max(1, worth, self.worth or 1)
+
+    def _run(self, pace: Pace, calls: list[Call], rows: int) -> None:
+        """Make calls of one form as one, or each by itself where that fails."""
+        if len(calls) == 1:
+            began = self._begin()
+            _run_apart(calls)
+            self._end(pace, calls, rows, began)
+            return
+        began = self._begin()
+        try:
+            for call, part in zip(calls, run_joined(calls)):
+                call.answer = functools.partial(own, part)
+        except Exception as error:  # noqa: BLE001 (a request must not fail because of those beside it)
+            log.warning("a shared call failed (%s: %s); its %d run apart", type(error).__name__, error, len(calls))
+            pace.limit = max(1, rows // 2)
+            _run_apart(calls)
+        else:
+            self._end(pace, calls, rows, began)
+
+    def _begin(self) -> tuple[float, float]:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return self._now()
+
+    def _now(self) -> tuple[float, float]:
+        """Return the time, and a time that others do not delay: on a CPU, whose cores lanes share, this thread's own."""
+        if self.device.type == "cpu":
+            return time.perf_counter(), time.thread_time()
+        torch.accelerator.synchronize(self.device)
+        now = time.perf_counter()
+        return now, now
+
+    def _end(self, pace: Pace, calls: list[Call], rows: int, began: tuple[float, float]) -> None:
+        """Take note of what a call took."""
+        passed, computed = (now - then for now, then in zip(self._now(), began))
+        pace.note(rows, computed)
+        if self.device.type == "cuda":
+            # Other lanes may have taken some of it: then it is too much, never too little.
+            peak = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
+            pace.bytes = max(pace.bytes, peak / rows)
+        for call in calls:
+            call.seconds = passed * (call.rows or 1) / rows
+
+    def _fitting(self, pace: Pace) -> int:
+        """Return the rows of a call that memory has room for."""
+        if self.device.type != "cuda" or not pace.bytes:
+            return pace.limit
+        held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return int(ROOM * (torch.cuda.mem_get_info(self.device)[0] + held) / pace.bytes)
+
+    def _is_compiled(self, module: torch.nn.Module) -> bool:
+        """Return whether a module, or a part of it, would be compiled anew for every number of rows."""
+        if id(module) not in self._compiled:
+            parts = module.modules()
+            self._compiled[id(module)] = any(each._compiled_call_impl is not None for each in parts)
+        return self._compiled[id(module)]
+
+    def _pace(self, form: object) -> Pace:
+        pace = self._paces.setdefault(form, Pace(self._rows))
+        self._paces.move_to_end(form)
+        if len(self._paces) > KINDS:
+            self._paces.popitem(last=False)
+        return pace
+
+
+def _run_apart(calls: Sequence[Call]) -> None:
+    for call in calls:
+        try:
+            call.answer = functools.partial(_give, call.run())
+        except Exception as error:  # noqa: BLE001 (raised where the call was made)
+            call.answer = functools.partial(_fail, error)
+
+
+def _pass_on(first: Call, others: Sequence[Call]) -> None:
+    """Give calls of the same content what the first of them got: copies, because the model's hooks change them."""
+    assert first.answer is not None
+    try:
+        value = first.answer()
+        own(value)
+    except Exception:  # noqa: BLE001 (it cannot be copied, or the call failed: then each fails by itself)
+        _run_apart(others)
+        return
+    first.seconds /= 1 + len(others)
+    for call in (first, *others):
+        call.answer, call.seconds = functools.partial(own, value), first.seconds
+
+
+def _give(value: Any) -> Any:
+    return value
+
+
+def _fail(error: BaseException) -> Any:
+    raise error
+
+
+@contextmanager
+def _stopping(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Let guests stop where they call one of the modules: an autoencoder's decoder, any other's forward.
+
+    Calls from elsewhere pass.
+    """
+    stopped = []
+    for module in modules:
+        name = "decode" if callable(getattr(module, "decode", None)) else "forward"
+        stopped.append((module, name, vars(module).get(name)))
+        setattr(module, name, _stop(getattr(module, name), (id(module), name)))
+    try:
+        yield
+    finally:
+        for module, name, before in stopped:
+            if before is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, before)
+
+
+def _stop(function: Callable[..., Any], target: object) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        guest = _guest.get()
+        if guest is None:
+            return function(*args, **kwargs)
+        context = copy_context()
+        context.run(_guest.set, None)  # what it calls in turn does not stop
+        return guest.ask(Call(target, function, args, kwargs, context))
+
+    return stopping

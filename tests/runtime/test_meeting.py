@@ -1,0 +1,234 @@
+"""Meetings: parts of several requests run side by side, share calls of a model, and do not harm each other."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+import pytest
+import torch
+
+from triptych.runtime.meeting import Meeting
+from triptych.runtime.pace import LONGEST
+
+CPU = torch.device("cpu")
+
+
+class Model(torch.nn.Linear):
+    """A row-wise model that notes the rows of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+        self.rows: list[int] = []
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.rows.append(len(input))
+        if (input == 13).any():
+            raise ValueError("13 is not accepted")
+        return super().forward(input.to(self.weight.dtype))
+
+
+def compute(seconds: float) -> None:
+    """Keep a core busy."""
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture
+def meeting() -> Iterator[Meeting]:
+    made = Meeting(CPU, rows=8)
+    yield made
+    made.close()
+
+
+class Asking:
+    """A part that calls a model once for each of its inputs."""
+
+    def __init__(self, model: torch.nn.Module, *inputs: torch.Tensor) -> None:
+        self.model, self.inputs = model, inputs
+        self.got: list[torch.Tensor] = []
+
+    def __call__(self) -> None:
+        with torch.no_grad():
+            for each in self.inputs:
+                self.got.append(self.model(each))
+
+
+def test_parts_share_calls_and_get_their_own_rows(model: Model, meeting: Meeting) -> None:
+    inputs = [torch.randn(n, 3) for n in (1, 2, 1)]
+    parts = [Asking(model, each, each + 1) for each in inputs]
+    guests = meeting.run(parts, [model])
+    assert model.rows == [4, 4]
+    assert [guest.error for guest in guests] == [None] * 3
+    for part, each in zip(parts, inputs):
+        for got, given in zip(part.got, (each, each + 1)):
+            torch.testing.assert_close(got, model(given).detach())
+
+
+def test_parts_with_fewer_calls_do_not_hold_up_the_others(model: Model, meeting: Meeting) -> None:
+    inputs = [torch.randn(1, 3) for _ in range(6)]
+    parts = [Asking(model), Asking(model, inputs[0]), Asking(model, *inputs[1:4]), Asking(model, *inputs[4:])]
+    meeting.run(parts, [model])
+    assert model.rows == [3, 2, 1]
+    assert [len(part.got) for part in parts] == [0, 1, 3, 2]
+
+
+def test_many_parts_may_meet(model: Model, meeting: Meeting) -> None:
+    for many in (3, 40):
+        meeting.run([Asking(model, torch.randn(1, 3)) for _ in range(many)], [model])
+    assert model.rows == [3, 8, 8, 8, 8, 8]
+
+
+def test_only_the_part_whose_call_is_at_fault_fails(
+    model: Model, meeting: Meeting, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = [Asking(model, torch.full((1, 3), value)) for value in (1.0, 13.0, 2.0)]
+    good, bad, also_good = meeting.run(parts, [model])
+    assert isinstance(bad.error, ValueError) and good.error is None and also_good.error is None
+    assert model.rows == [3, 1, 1, 1]
+    assert "run apart" in caplog.text
+
+
+def test_a_part_that_fails_by_itself_fails_alone(model: Model, meeting: Meeting) -> None:
+    def failing() -> None:
+        model(torch.zeros(1, 3))
+        raise KeyError("mine")
+
+    asking = Asking(model, torch.zeros(1, 3), torch.ones(1, 3))
+    failed, fine = meeting.run([failing, asking], [model])
+    assert isinstance(failed.error, KeyError) and fine.error is None
+    assert len(asking.got) == 2
+
+
+def test_the_same_tokens_are_computed_once_and_given_as_copies(model: Model, meeting: Meeting) -> None:
+    tokens = torch.tensor([[1, 2, 3]])
+    parts = [Asking(model, tokens.clone()), Asking(model, tokens.clone()), Asking(model, tokens + 1)]
+    meeting.run(parts, [model])
+    assert model.rows == [2]
+    first, same, other = (part.got[0] for part in parts)
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    first.zero_()
+    assert same.any()
+
+
+def test_the_module_is_left_as_it_was_and_others_pass_meanwhile(model: Model, meeting: Meeting) -> None:
+    passed: list[torch.Tensor] = []
+
+    def part() -> None:
+        elsewhere = threading.Thread(target=lambda: passed.append(model(torch.zeros(5, 3))))
+        elsewhere.start()
+        elsewhere.join(10)
+        model(torch.zeros(1, 3))
+
+    meeting.run([part, Asking(model, torch.ones(1, 3))], [model])
+    assert "forward" not in vars(model)
+    assert model.rows == [5, 2] and len(passed) == 1
+
+
+def test_hooks_run_once_for_each_request(model: Model, meeting: Meeting) -> None:
+    seen: list[int] = []
+    model.register_forward_hook(lambda _, args, output: seen.append(len(output)))
+    meeting.run([Asking(model, torch.randn(n, 3)) for n in (1, 2)], [model])
+    assert sorted(seen) == [1, 2] and model.rows == [3]
+
+
+def test_parts_keep_the_context_they_were_made_in_and_do_not_share_it(model: Model, meeting: Meeting) -> None:
+    name: ContextVar[str] = ContextVar("name")
+    name.set("mine")
+    seen: list[str] = []
+
+    def part(own: str) -> Callable[[], None]:
+        def run() -> None:
+            seen.append(name.get())
+            name.set(own)
+            model(torch.zeros(1, 3))
+            seen.append(name.get())
+
+        return run
+
+    meeting.run([part("a"), part("b")], [model])
+    assert seen == ["mine", "mine", "a", "b"] and name.get() == "mine"
+
+
+def test_a_module_may_call_another_that_is_shared_too(model: Model, meeting: Meeting) -> None:
+    class Outer(Model):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            self.rows.append(len(input))
+            return torch.as_tensor(model(input))
+
+    outer = Outer()
+    parts = [Asking(outer, torch.zeros(1, 3)), Asking(outer, torch.ones(1, 3)), Asking(model, torch.ones(1, 3))]
+    meeting.run(parts, [outer, model])
+    assert outer.rows == [2] and sorted(model.rows) == [1, 2]
+
+
+def test_no_thread_is_left_waiting_when_a_meeting_breaks_off(model: Model, meeting: Meeting) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def stubborn() -> None:
+        for _ in range(2):
+            try:
+                model(torch.zeros(1, 3))
+            except BaseException as error:  # noqa: BLE001 (as a library might)
+                seen.append(type(error))
+
+    seen: list[type[BaseException]] = []
+    model.forward = interrupt  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        meeting.run([stubborn, stubborn, Asking(model, torch.zeros(1, 3))], [model])
+    assert seen == [KeyboardInterrupt] * 4
+    meeting.close()  # waits for the threads
+
+
+def test_a_compiled_module_is_left_alone(model: Model, meeting: Meeting) -> None:
+    model._compiled_call_impl = model._call_impl
+    meeting.run([Asking(model, torch.zeros(1, 3)), Asking(model, torch.ones(1, 3))], [model])
+    assert model.rows == [1, 1]
+
+
+def test_it_learns_that_calls_gain_nothing(model: Model) -> None:
+    class Bound(Model):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            compute(2e-3 * len(input) ** 1.5)
+            return super().forward(input)
+
+    bound, meeting = Bound(), Meeting(CPU)
+    for _ in range(5):
+        meeting.worth = None
+        meeting.run([Asking(bound, torch.randn(1, 3)) for _ in range(4)], [bound])
+    assert meeting.worth == 1
+    assert bound.rows[-4:] == [1] * 4
+    meeting.close()
+
+
+def test_it_learns_that_calls_gain(model: Model) -> None:
+    class Waiting(Model):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            compute(2e-3)
+            return super().forward(input)
+
+    waiting, meeting = Waiting(), Meeting(CPU)
+    for _ in range(12):
+        meeting.run([Asking(waiting, torch.randn(1, 3)) for _ in range(8)], [waiting])
+    assert meeting.worth is not None and meeting.worth >= 8
+    assert waiting.rows[-1] == 8
+    meeting.close()
+
+
+def test_seconds_are_split_by_rows(meeting: Meeting) -> None:
+    class Slow(Model):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            threading.Event().wait(LONGEST / 10)
+            return super().forward(input)
+
+    slow = Slow()
+    small, large = meeting.run([Asking(slow, torch.randn(n, 3)) for n in (1, 3)], [slow])
+    assert small.seconds == pytest.approx(LONGEST / 40, rel=0.4)
+    assert large.seconds == pytest.approx(3 * LONGEST / 40, rel=0.4)
