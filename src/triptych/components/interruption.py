@@ -1,0 +1,40 @@
+"""Stopping an autoencoder between two parts of its work: tiles of a picture, pieces of a video."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+_check: ContextVar[Callable[[], None] | None] = ContextVar("check", default=None)
+
+_PARTS = ("encoder", "decoder")
+"""What an autoencoder runs once for each tile or piece."""
+
+
+@contextmanager
+def interruptible(check: Callable[[], None] | None) -> Iterator[None]:
+    """Call `check` before each part of an autoencoder's work; what it raises ends the work."""
+    token = _check.set(check)
+    try:
+        yield
+    finally:
+        _check.reset(token)
+
+
+def watch(module: Any) -> None:
+    """Let a module be stopped between the parts of its work, if it is an autoencoder."""
+    if callable(getattr(module, "decode", None)):
+        for name in _PARTS:
+            if isinstance(part := getattr(module, name, None), torch.nn.Module):
+                compiled = part._compiled_call_impl is not None
+                hook: Any = torch.compiler.disable(_look) if compiled else _look  # type: ignore[no-untyped-call]
+                part.register_forward_pre_hook(hook)
+
+
+def _look(*_: object) -> None:
+    if (check := _check.get()) is not None:
+        check()

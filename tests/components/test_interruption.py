@@ -1,0 +1,80 @@
+"""An autoencoder can be stopped between two tiles of a picture, or two pieces of a video, and used again."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import triptych
+from triptych.components.acceleration import Acceleration
+from triptych.components.interruption import interruptible
+from triptych.errors import Cancelled
+from triptych.runtime.decoder_lane import DecoderLane
+from triptych.runtime.lanes import Work
+from triptych.runtime.model import Model
+from triptych.runtime.segment import finish
+
+PICTURE: dict[str, Any] = {"height": 128, "width": 160, "num_inference_steps": 1, "max_sequence_length": 24}
+VIDEO: dict[str, Any] = {
+    "height": 32,
+    "width": 48,
+    "num_frames": 9,
+    "num_inference_steps": 1,
+    "max_sequence_length": 24,
+}
+
+
+@pytest.fixture(scope="module", params=["tiles", "pieces"])
+def model(request: pytest.FixtureRequest, tiny_repo: Callable[..., Path]) -> Model:
+    if request.param == "pieces":
+        return triptych.load(tiny_repo("wan"), device="cpu")
+    tiles = {"decoder": Acceleration(tiling=True)}
+    return triptych.load(tiny_repo("flux2_klein"), device="cpu", acceleration=tiles)
+
+
+def denoised(model: Model) -> triptych.State:
+    ask = VIDEO if "num_frames" in model.family.parameters else PICTURE
+    state = model.admit(triptych.Request(prompt="a red fox", seed=7, output_type="pt", **ask))
+    for _ in range(2):
+        finish(model.segment(state))
+    return state
+
+
+def outputs(state: triptych.State) -> torch.Tensor:
+    result = state.result
+    found: torch.Tensor = result.images if result.images is not None else result.frames
+    return found
+
+
+def test_a_cancel_takes_effect_before_the_next_part_and_the_autoencoder_is_as_before(model: Model) -> None:
+    state = denoised(model)
+    whole = state.copy()
+    parts: list[int] = []
+    finish(model.segment(whole, check=lambda: parts.append(1)))
+    assert len(parts) > 2
+    lane = DecoderLane(model, "test", threads=1)
+    ended, outcomes, seen = threading.Event(), [], []
+    work = Work(state.copy(), lambda outcome: (outcomes.append(outcome), ended.set())[1])
+
+    def count(*_: object) -> None:
+        seen.append(1)
+        if len(seen) == 2:
+            work.cancel()
+
+    hook = model.components["vae"].decoder.register_forward_hook(count)
+    lane.put(work)
+    assert ended.wait(20)
+    lane.close()
+    hook.remove()
+    assert isinstance(outcomes[0], Cancelled)
+    assert len(seen) == 2 < len(parts)
+    finish(model.segment(state))
+    assert torch.equal(outputs(state), outputs(whole))
+
+
+def test_outside_of_a_request_nothing_is_asked(model: Model) -> None:
+    with interruptible(lambda: pytest.fail("asked")), interruptible(None):
+        finish(model.segment(denoised(model)))
