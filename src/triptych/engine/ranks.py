@@ -1,0 +1,92 @@
+"""Replicas of several ranks on Ray: where there is room for them, and how their first process starts the others."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from triptych.components.acceleration import Acceleration
+from triptych.errors import ParameterError, UsageError
+from triptych.pipelines.base import Family
+from triptych.pipelines.registry import open_family
+from triptych.roles import RoleType, parse_roles
+from triptych.runtime.ranks import Ranks, check_ranks, denoisers, of_one_rank, visible_gpus
+
+log = logging.getLogger(__name__)
+
+Accelerations = Mapping[RoleType, Acceleration]
+
+
+def gpus_of(roles: Collection[RoleType], asked: Mapping[RoleType, float], accelerations: Accelerations) -> float:
+    """Return how many GPUs to reserve for a replica: what is asked for, or one for each rank if the cluster has any.
+
+    Raises:
+        ParameterError: there are more ranks than that.
+        UsageError: no machine of the cluster has so many, and the ranks of a replica are on one.
+    """
+    import ray
+
+    ranks = ranks_of(roles, accelerations)
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    wanted = max((asked[role] for role in roles if role in asked), default=float(ranks if resources.get("GPU") else 0))
+    if 0 < wanted < ranks:
+        raise ParameterError("gpus", f"{wanted:g}", f"{ranks} ranks need one each: {ranks} are accepted, or 0 for none")
+    if wanted > 0 and ranks > 1:
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        most = max((node["Resources"].get("GPU", 0) for node in nodes if node["Alive"]), default=0)
+        if most < wanted:
+            raise UsageError(
+                f"a replica of {ranks} ranks needs {wanted:g} GPUs on one machine, and the cluster's largest has {most:g}"
+            )
+    return wanted
+
+
+def ranks_of(roles: Collection[RoleType], accelerations: Accelerations) -> int:
+    """Return how many processes a replica of these roles takes."""
+    asked = accelerations.get(RoleType.DENOISER) if RoleType.DENOISER in roles else None
+    return 1 if asked is None else asked.ranks
+
+
+def check_place(
+    family: Family, tasks: Collection[str], asked: Mapping[RoleType, float], accelerations: Accelerations
+) -> None:
+    """Check that a denoiser of several ranks, if that is asked for, can run on what this cluster has.
+
+    Raises:
+        ParameterError, UsageError: it cannot.
+    """
+    roles = {RoleType.DENOISER}
+    if ranks_of(roles, accelerations) > 1:
+        on_gpu = gpus_of(roles, asked, accelerations) > 0
+        check_ranks(family, denoisers(family, tasks), accelerations[RoleType.DENOISER], on_gpu=on_gpu)
+
+
+def with_ranks(
+    source: str, roles: str, options: Mapping[str, Any], threads: int | None
+) -> tuple[Ranks | None, dict[str, Any]]:
+    """Start the other ranks of a replica, and return them, if it has any, with what this process is to load.
+
+    The process ends when one of them is lost: Ray starts the replica anew, as a whole.
+
+    Raises:
+        UsageError: this process sees fewer GPUs than there are ranks, or they cannot do what is asked.
+    """
+    accelerations: dict[RoleType, Acceleration] = dict(options.get("acceleration") or {})
+    asked = accelerations.get(RoleType.DENOISER, Acceleration())
+    alone = {**accelerations, RoleType.DENOISER: of_one_rank(asked)}
+    mine = {**options, "acceleration": {role: each for role, each in alone.items() if each}}
+    if ranks_of(parse_roles(roles), accelerations) == 1:
+        return None, mine
+    gpus = visible_gpus(asked.ranks)
+    family = open_family(source, revision=options.get("revision"), variant=options.get("variant"))
+    names = denoisers(family, family.select_tasks(options.get("tasks")))
+    check_ranks(family, names, asked, on_gpu=gpus is not None)
+    return Ranks(source, options, asked, gpus=gpus, threads=threads, on_lost=_end), mine
+
+
+def _end(reason: str) -> None:
+    """End this process at once: it may be waiting for the lost rank in the middle of a forward."""
+    log.critical("this replica ends, and is started anew: %s", reason)
+    os._exit(1)

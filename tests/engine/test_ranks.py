@@ -1,0 +1,109 @@
+"""Replicas of several ranks on Ray: they are one replica to everybody else, in life and in death."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import triptych
+from triptych.components.acceleration import Acceleration
+from triptych.engine.ranks import gpus_of, ranks_of, with_ranks
+from triptych.engine.ray import RayEngine
+from triptych.errors import ParameterError, UsageError
+from triptych.request import Request
+from triptych.roles import RoleType
+
+DENOISER = RoleType.DENOISER
+ASK: dict[str, Any] = {
+    "prompt": "a red fox", "guidance_scale": 3.0, "seed": 7, "height": 64, "width": 48,
+    "num_inference_steps": 3, "output_type": "pt", "max_sequence_length": 24, "exact": True,
+}  # fmt: skip
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def repository(tiny_repo: Callable[..., Path]) -> Path:
+    return tiny_repo("flux2_klein")
+
+
+@pytest.fixture(scope="module")
+def engine(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayEngine]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIPTYCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        root = str(Path(triptych.__file__).parents[1])
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))))
+        faster = {"denoiser": Acceleration(cfg_parallel=True)}
+        with RayEngine(repository, pools="encoder+decoder=1,denoiser=1", threads=1, acceleration=faster) as engine:
+            yield engine
+
+
+def ranks_under(pid: int) -> list[psutil.Process]:
+    """Return the processes that a replica's first one has started as ranks."""
+    return [each for each in psutil.Process(pid).children() if "triptych.runtime.rank_process" in each.cmdline()]
+
+
+@pytest.mark.slow
+def test_a_replica_of_two_ranks_equals_the_whole_to_the_bit_and_is_one_in_death(
+    engine: RayEngine, repository: Path
+) -> None:
+    whole = triptych.load(repository, device="cpu")
+    replica = next(each for each in engine.replicas if each.pool == "denoiser")
+    first = replica.told["pid"]
+    (rank,) = ranks_under(first)
+    jobs = [engine.submit(Request(**{**ASK, "seed": seed})) for seed in range(3)]
+    for seed, job in enumerate(jobs):
+        assert torch.equal(job.result(60).images, whole.generate(**{**ASK, "seed": seed}).images)
+
+    long = {**ASK, "num_inference_steps": 60}
+    jobs = [engine.submit(Request(**{**long, "seed": seed})) for seed in range(3)]
+    begun = threading.Event()
+    jobs[0].listen(lambda event: begun.set() if event.kind == "step" else None)
+    assert begun.wait(30)
+    rank.send_signal(signal.SIGKILL)
+    wait_until(lambda: replica.losses == 1, 6)
+    for seed, job in enumerate(jobs):
+        assert torch.equal(job.result(120).images, whole.generate(**{**long, "seed": seed}).images)
+    assert replica.told["pid"] != first
+    (another,) = ranks_under(replica.told["pid"])
+    os.kill(replica.told["pid"], signal.SIGKILL)  # and the other way round: no rank outlives its leader
+    wait_until(lambda: not another.is_running() or another.status() == psutil.STATUS_ZOMBIE, 10)
+
+
+@pytest.mark.slow
+def test_gpus_are_reserved_for_all_ranks_together_or_refused(engine: RayEngine) -> None:
+    two = {DENOISER: Acceleration(ulysses=2)}
+    assert gpus_of({DENOISER}, {}, two) == 0, "this cluster has none, so the ranks run on the CPU"
+    assert gpus_of({DENOISER}, {DENOISER: 2}, {}) == 2
+    with pytest.raises(ParameterError, match="gpus='1': 2 ranks need one each"):
+        gpus_of({DENOISER}, {DENOISER: 1}, two)
+    with pytest.raises(UsageError, match="needs 2 GPUs on one machine, and the cluster's largest has 0"):
+        gpus_of({DENOISER}, {DENOISER: 2}, two)
+
+
+def test_only_a_replica_with_the_denoiser_has_the_ranks(repository: Path) -> None:
+    faster = {DENOISER: Acceleration(ulysses=2, compile=True), RoleType.DECODER: Acceleration(tiling=True)}
+    assert ranks_of({RoleType.ENCODER, RoleType.DECODER}, faster) == 1
+    assert ranks_of({RoleType.ENCODER, DENOISER}, faster) == 2
+    ranks, options = with_ranks(str(repository), "encoder", {"acceleration": faster}, 1)
+    assert ranks is None
+    assert options["acceleration"] == {
+        DENOISER: Acceleration(compile=True), RoleType.DECODER: Acceleration(tiling=True)
+    }  # fmt: skip
+
+
+def test_what_the_model_cannot_share_is_refused_before_ray_starts(tiny_repo: Callable[..., Path]) -> None:
+    with pytest.raises(ParameterError, match="ulysses=2: diffusers cannot divide ZImageTransformer2DModel"):
+        RayEngine(tiny_repo("z_image"), acceleration={"denoiser": Acceleration(ulysses=2)})
