@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
+from triptych.components.lora import LoraDesk, loadable
 from triptych.components.need import Need, join
 from triptych.components.repository import Repository
 from triptych.errors import ComponentFileError, ParameterError, RoleError, TriptychError, UsageError, did_you_mean
@@ -63,6 +64,10 @@ class Family:
             ParameterError: a value is not accepted; nothing has been computed yet.
         """
 
+    def lone_forward(self) -> str | None:
+        """Return why a step of this model is always one forward; None where guidance may make it two."""
+        return None
+
     def frame_rate(self, parameters: Mapping[str, Any]) -> float | None:
         """Return the frames per second of the video that a request's parameters ask for; None where none is made."""
         asked = parameters.get("frame_rate", self.parameters.get("frame_rate"))
@@ -88,7 +93,13 @@ class Family:
     @cached_property
     def parameters(self) -> dict[str, object]:
         """The request parameters and their defaults."""
-        return pipeline_parameters(self.oracle.__call__, self.refused)
+        own = {"lora": None} if self.loras is not None else {}
+        return {**pipeline_parameters(self.oracle.__call__, self.refused), **own}
+
+    @cached_property
+    def loras(self) -> LoraDesk | None:
+        """What admits LoRAs; None where the diffusers pipeline has no loader of them."""
+        return LoraDesk(self.oracle, self.repository) if loadable(self.oracle) else None
 
     def check(self) -> None:
         """Prove the whole graph, whatever role is loaded; reads no weights.

@@ -30,6 +30,7 @@ class TextEncoding(Stage):
     """
 
     role = RoleType.ENCODER
+    row_wise = {"text_encoder", "text_encoder_2"}
     needs = {
         "text_encoder": Need.FULL, "tokenizer": Need.FULL, "text_encoder_2": Need.FULL, "tokenizer_2": Need.FULL,
     }  # fmt: skip
@@ -157,6 +158,7 @@ class Decoding(Stage):
     """Undo the latents' packing and normalisation and decode them to images."""
 
     role = RoleType.DECODER
+    row_wise = {"vae"}
     needs = {"vae": Need.DECODE}
     reads = {"latents", "height", "width", "output_type"}
     writes = {"images"}

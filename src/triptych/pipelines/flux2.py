@@ -26,6 +26,7 @@ class TextEncoding(Stage):
     """Turn the prompt, under the pipeline's own system message, into embeddings of shape (1, tokens, 3 x width)."""
 
     role = RoleType.ENCODER
+    row_wise = {"text_encoder"}
     # Three entries of 41; the model is a vision-language one, and the reference images do not pass through it.
     needs = {"text_encoder": Need.hidden(10, 20, 30), "tokenizer": Need.FULL}
     reads = {"prompt", "prompt_embeds", "max_sequence_length"}
@@ -130,6 +131,9 @@ class Flux2(flux2_klein.Flux2Klein):
     # Other hidden states would need other layers than those that are loaded, and rewriting the prompt all of them, the
     # vision tower and the head.
     refused = {"attention_kwargs", "text_encoder_out_layers", "caption_upsample_temperature"}
+
+    def lone_forward(self) -> str | None:
+        return "guidance is distilled into the model"
 
     def compose(self) -> None:
         self.add_stage(TextEncoding)

@@ -28,6 +28,7 @@ class TextEncoding(Stage):
     """Turn the prompt, and for guidance the empty prompt, into embeddings."""
 
     role = RoleType.ENCODER
+    row_wise = {"text_encoder"}
     needs = {"text_encoder": Need.hidden(9, 18, 27), "tokenizer": Need.FULL}
     reads = {"prompt", "prompt_embeds", "negative_prompt_embeds", "guidance_scale", "max_sequence_length"}
     writes = {"prompt_embeds", "negative_prompt_embeds"}
@@ -146,6 +147,7 @@ class Decoding(Stage):
     """Undo the latents' normalisation and decode them to images."""
 
     role = RoleType.DECODER
+    row_wise = {"vae"}
     needs = {"vae": Need.DECODE}
     reads = {"latents", "output_type"}
     writes = {"images"}
@@ -179,6 +181,9 @@ class Flux2Klein(Family):
         self.add_stage(ImageEncoding)
         self.add_stage(Flux2Denoising)
         self.add_stage(Decoding)
+
+    def lone_forward(self) -> str | None:
+        return "the model is distilled and takes no guidance" if self.repository.options.get("is_distilled") else None
 
     def task_of(self, parameters: Mapping[str, Any]) -> str:
         return "edit" if parameters["image"] is not None else "text-to-image"

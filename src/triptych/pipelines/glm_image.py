@@ -302,6 +302,7 @@ class Decoding(Stage):
     """Undo the latents' normalisation and decode them to images."""
 
     role = RoleType.DECODER
+    row_wise = {"vae"}
     needs = {"vae": Need.DECODE}
     reads = {"latents", "output_type"}
     writes = {"images"}

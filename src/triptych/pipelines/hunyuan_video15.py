@@ -46,6 +46,7 @@ class TextEncoding(Stage):
     """Turn the prompt, and where the guider asks for it the negative prompt, into embeddings of both text encoders."""
 
     role = RoleType.ENCODER
+    row_wise = {"text_encoder", "text_encoder_2"}
     needs = {
         "text_encoder": Need.hidden(-3),
         "tokenizer": Need.FULL,

@@ -59,6 +59,7 @@ class TextEncoding(Stage):
     """
 
     role = RoleType.ENCODER
+    row_wise = {"text_encoder"}
     needs = {"text_encoder": Need.hidden(-1), "tokenizer": Need.FULL}
     reads = {"prompt", "negative_prompt", "negative_prompt_embeds", "guidance_scale"}
     writes = {"prompt_embeds", "negative_prompt_embeds"}
@@ -162,6 +163,7 @@ class Decoding(Stage):
     """Undo the latents' packing and normalisation and decode them to images."""
 
     role = RoleType.DECODER
+    row_wise = {"vae"}
     needs = {"vae": Need.DECODE}
     reads = {"latents", "height", "width", "output_type"}
     writes = {"images"}

@@ -20,7 +20,6 @@ from triptych.components.repository import Entry, Repository
 from triptych.errors import ComponentFileError, ParameterError
 from triptych.pipelines.base import Family, check_inputs, check_multiple
 from triptych.pipelines.wan import check_frames
-from triptych.request import pipeline_parameters
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
@@ -499,6 +498,7 @@ class Decoding(Stage):
     """Undo the latents' normalisation and decode them to frames, and to sound."""
 
     role = RoleType.DECODER
+    row_wise = {"vae", "audio_vae", "vocoder"}
     needs = {"vae": Need.DECODE, "audio_vae": Need.DECODE, "vocoder": Need.FULL}
     reads = {
         "latents", "audio_latents", "embeds_dtype", "frame_rate", "generator", "decode_timestep", "decode_noise_scale",
@@ -619,10 +619,10 @@ class LTX2(Family):
         self.add_stage(TextEncoding)
         self.add_stage(TextConnecting)
         if twice:
-            self.add_stage(two_stage.reading(two_stage.TwoStageTextConnecting, self.repository))
+            self.add_stage(two_stage.TwoStageTextConnecting)
         self.add_stage(FrameEncoding)
         if twice and self.repository.loras():
-            self.add_stage(two_stage.reading(two_stage.LoraLoading, self.repository))
+            self.add_stage(two_stage.LoraLoading)
         self.add_stage(LTX2Denoising)
         self.add_stage(I2VDenoising)
         if twice:
@@ -641,7 +641,7 @@ class LTX2(Family):
 
     @cached_property
     def parameters(self) -> dict[str, object]:
-        own = pipeline_parameters(self.oracle.__call__, self.refused)
+        own = dict(super().parameters)
         if any(task in self.tasks for task in TWO_STAGES.values()):
             from triptych.pipelines.ltx2_two_stage import parameters
 
@@ -678,10 +678,10 @@ class LTX2(Family):
                 raise ParameterError("num_frames", parameters["num_frames"], accepted)
         self.check_text(parameters, helpers)
         self.check_latents(parameters)
-        if parameters.get("two_stage"):
+        if parameters.get("two_stage") and self.loras is not None:
             from triptych.pipelines import ltx2_two_stage as two_stage
 
-            two_stage.check(parameters, self.repository)
+            two_stage.settle(parameters, self.loras)
 
     def check_text(self, parameters: Mapping[str, Any], helpers: Any) -> None:
         """Check the length of the text, which the connectors fill up with their registers, and given embeddings.

@@ -10,14 +10,13 @@ request asks for it by `two_stage=True`; height and width are then those of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
+from triptych.components.lora import LoraDesk, of_component, read
 from triptych.components.need import Need
-from triptych.components.repository import Repository
 from triptych.errors import ParameterError
-from triptych.pipelines import ltx2_lora as lora
+from triptych.pipelines import ltx2_lora
 from triptych.pipelines.ltx2 import (
     STATISTICS,
     TWO_STAGES,
@@ -29,6 +28,7 @@ from triptych.pipelines.ltx2 import (
     guided,
     unpacked_audio,
 )
+from triptych.pipelines.ltx2_lora import of_second_stage
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Forward
@@ -47,19 +47,19 @@ class TwoStageTextConnecting(TextConnecting):
     """
 
     tasks = frozenset(TWO_STAGES.values())
-    reads = {*TextConnecting.reads, *lora.parameters()}
+    reads = {*TextConnecting.reads, "lora", "stage_2_lora"}
     writes = {*TextConnecting.writes, "refinement_conditioning"}
-    repository: ClassVar[Repository]
 
     def run(self, state: View) -> None:
         import torch
 
         super().run(state)
-        name = state.stage_2_lora
-        if name and lora.changes(self.repository, name, "connectors"):
-            lora.load(self.repository, name, "connectors", self.connectors, self.helpers)
-            with lora.active(self.connectors, name, state.stage_2_lora_scale):
-                state.refinement_conditioning = self.connect(state, with_negative=False)
+        second = of_component("connectors", of_second_stage(state))
+        if second:
+            usual = read(state.lora)
+            self.adapt((*usual, *second))
+            state.refinement_conditioning = self.connect(state, with_negative=False)
+            self.adapt(usual)
             return
         if not state.exact or not guided(state.guidance_scale, state.audio_guidance_scale):
             return
@@ -76,11 +76,10 @@ class LoraLoading(Stage):
     tasks = frozenset(TWO_STAGES.values())
     needs = {"transformer": Need.FULL}
     reads = {"stage_2_lora"}
-    repository: ClassVar[Repository]
 
     def run(self, state: View) -> None:
-        if state.stage_2_lora:
-            lora.load(self.repository, state.stage_2_lora, "transformer", self.transformer, self.helpers)
+        if self.adapters is not None:
+            self.adapters.load("transformer", of_second_stage(state))
 
 
 class LatentUpsampling(Stage):
@@ -111,13 +110,10 @@ class LatentUpsampling(Stage):
 
 
 class LTX2Refinement(LTX2Denoising):
-    """Add noise to the upsampled latents, and denoise them in the second stage's few steps, without guidance.
-
-    A forward's `lora` is the LoRA that it runs with and its weight, so that none without it shares it.
-    """
+    """Add noise to the upsampled latents, and denoise them in the second stage's few steps, without guidance."""
 
     tasks = frozenset((TWO_STAGES["text-to-video"],))
-    reads = {*LTX2Denoising.reads, "refinement_conditioning", "stage_2_sigmas", *lora.parameters()}
+    reads = {*LTX2Denoising.reads, "refinement_conditioning", "stage_2_sigmas", "stage_2_lora"}
 
     def new_scheduler(self) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler
@@ -145,17 +141,8 @@ class LTX2Refinement(LTX2Denoising):
         return super().embeds(state)
 
     def forward(self, state: View, i: int, branch: str, copies: int, **changes: Any) -> Forward:
-        if state.stage_2_lora:
-            changes["lora"] = state.stage_2_lora, state.stage_2_lora_scale
-        return super().forward(state, i, branch, copies, **changes)
-
-    def call(self, forward: Forward) -> torch.Tensor:
-        inputs = dict(forward.inputs)
-        asked = inputs.pop("lora", None)
-        if asked is None:
-            return super().call(forward)
-        with lora.active(self.transformer, *asked):
-            return super().call(replace(forward, inputs=inputs))
+        forward = super().forward(state, i, branch, copies, **changes)
+        return replace(forward, loras=of_component(forward.component, of_second_stage(state)))
 
 
 class I2VRefinement(LTX2Refinement, I2VDenoising):
@@ -166,11 +153,6 @@ class I2VRefinement(LTX2Refinement, I2VDenoising):
 
 
 DENOISER_STAGES: tuple[type[Stage], ...] = (LatentUpsampling, LTX2Refinement, I2VRefinement)
-
-
-def reading(stage: type[Stage], repository: Repository) -> type[Stage]:
-    """Return a stage that reads files of the repository while it runs."""
-    return type(stage.__name__, (stage,), {"repository": repository, "__doc__": stage.__doc__})
 
 
 def beside_negative(state: View) -> list[torch.Tensor]:
@@ -191,16 +173,16 @@ def parameters() -> dict[str, object]:
         "stage_2_sigmas": list(STAGE_2_DISTILLED_SIGMA_VALUES),
         "adain_factor": 0.0,
         "tone_map_compression_ratio": 0.0,
-        **lora.parameters(),
+        **ltx2_lora.parameters(),
     }
 
 
-def check(given: Mapping[str, Any], repository: Repository) -> None:
-    """Check the parameters of two stages.
+def settle(given: dict[str, Any], desk: LoraDesk) -> None:
+    """Check the parameters of two stages, and settle the second stage's LoRA.
 
     Raises:
         ParameterError: one is not accepted.
-        ComponentFileError: the LoRA's file is broken.
+        UsageError: the LoRA needs what is not installed.
     """
     if not isinstance(given["two_stage"], bool):
         raise ParameterError("two_stage", given["two_stage"], "True or False is accepted")
@@ -211,7 +193,7 @@ def check(given: Mapping[str, Any], repository: Repository) -> None:
     for name, most in (("tone_map_compression_ratio", 1), ("adain_factor", 10)):
         if not is_number(given[name]) or not 0 <= given[name] <= most:
             raise ParameterError(name, given[name], f"a number between 0 and {most} is accepted")
-    lora.check(given, repository)
+    ltx2_lora.settle(given, desk)
 
 
 def is_number(value: object) -> bool:

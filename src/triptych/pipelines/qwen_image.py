@@ -33,6 +33,7 @@ class TextEncoding(Stage):
     """Turn the prompt, and for guidance the negative prompt, into embeddings and their masks."""
 
     role = RoleType.ENCODER
+    row_wise = {"text_encoder"}
     needs = {"text_encoder": Need.hidden(-1), "tokenizer": Need.FULL}
     writes = {"prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds", "negative_prompt_embeds_mask"}
     reads = {"prompt", "negative_prompt", "true_cfg_scale", "max_sequence_length", *writes}
@@ -192,6 +193,7 @@ class Decoding(Stage):
     """Undo the latents' packing and normalisation and decode them to images."""
 
     role = RoleType.DECODER
+    row_wise = {"vae"}
     # An image is a video of one frame, and resampling in time begins with the second.
     needs = {"vae": Need.without("encoder", "quant_conv", "*.time_conv")}
     reads = {"latents", "height", "width", "output_type"}

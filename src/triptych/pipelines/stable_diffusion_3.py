@@ -34,6 +34,7 @@ class TextEncoding(Stage):
     """
 
     role = RoleType.ENCODER
+    row_wise = {"text_encoder", "text_encoder_2", "text_encoder_3"}
     # CLIP's tokens are read below its last layer, `clip_skip` layers further down where that is asked for; its pooler is
     # read behind the last one, so no layer is idle.
     needs = {
@@ -169,6 +170,7 @@ class Decoding(Stage):
     """Undo the latents' normalisation and decode them to images."""
 
     role = RoleType.DECODER
+    row_wise = {"vae"}
     needs = {"vae": Need.DECODE}
     reads = {"latents", "output_type"}
     writes = {"images"}
@@ -192,6 +194,9 @@ class StableDiffusion3(Family):
     geometry = {"vae": Need.CONFIG, "tokenizer": Need.CONFIG, "transformer": Need.CONFIG}
     admission = {"text_encoder": Need.CONFIG, "text_encoder_2": Need.CONFIG}
     refused = {"joint_attention_kwargs", "ip_adapter_image", "ip_adapter_image_embeds"}
+
+    def lone_forward(self) -> str | None:
+        return "both guidance branches are rows of one forward, as in the oracle"
 
     def compose(self) -> None:
         self.add_stage(TextEncoding)

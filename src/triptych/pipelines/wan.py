@@ -33,6 +33,7 @@ class TextEncoding(Stage):
     """Turn the prompt, and for guidance the negative prompt, into embeddings."""
 
     role = RoleType.ENCODER
+    row_wise = {"text_encoder"}
     needs = {"text_encoder": Need.FULL, "tokenizer": Need.FULL}
     writes = {"prompt_embeds", "negative_prompt_embeds"}
     reads = {"prompt", "negative_prompt", "guidance_scale", "max_sequence_length", *writes}
@@ -146,6 +147,7 @@ class Decoding(Stage):
     """Undo the latents' normalisation and decode them to frames."""
 
     role = RoleType.DECODER
+    row_wise = {"vae"}
     needs = {"vae": Need.DECODE}
     reads = {"latents", "output_type"}
     writes = {"frames", "fps"}

@@ -21,7 +21,6 @@ from triptych.components.need import Need
 from triptych.errors import ModelError, ParameterError
 from triptych.pipelines.wan import Decoding, Wan
 from triptych.pipelines.wan_i2v import FrameEncoding, ImageEmbedding, WanImageToVideo
-from triptych.request import pipeline_parameters
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
@@ -42,6 +41,7 @@ class PromptEncoding(Stage):
     """Turn the prompt into embeddings."""
 
     role = RoleType.ENCODER
+    row_wise = {"text_encoder"}
     needs = {"text_encoder": Need.FULL, "tokenizer": Need.FULL}
     reads = {"prompt", "prompt_embeds", "max_sequence_length"}
     writes = {"prompt_embeds"}
@@ -162,6 +162,9 @@ class WanDMD(Wan):
     refused = {*Wan.refused, "negative_prompt", "negative_prompt_embeds", "guidance_scale_2"}
     helpers_of: ClassVar[str] = "WanPipeline"
 
+    def lone_forward(self) -> str | None:
+        return "the model is distilled and takes no guidance"
+
     def compose(self) -> None:
         self.add_stage(PromptEncoding, "text_encoding")
         self.add_stage(DMDDenoising)
@@ -178,7 +181,7 @@ class WanDMD(Wan):
     @cached_property
     def parameters(self) -> dict[str, object]:
         own = {"timesteps": list(TIMESTEPS), "num_inference_steps": None, "guidance_scale": 1.0}
-        return {**pipeline_parameters(self.oracle.__call__, self.refused), **own}
+        return {**super().parameters, **own}
 
     def check(self) -> None:
         super().check()

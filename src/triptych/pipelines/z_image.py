@@ -36,6 +36,7 @@ class TextEncoding(Stage):
     """
 
     role = RoleType.ENCODER
+    row_wise = {"text_encoder"}
     needs = {"text_encoder": Need.hidden(-2), "tokenizer": Need.FULL}
     writes = {"prompt_embeds", "negative_prompt_embeds"}
     reads = {"prompt", "negative_prompt", "guidance_scale", "max_sequence_length", *writes}
@@ -150,6 +151,7 @@ class Decoding(Stage):
     """Undo the latents' normalisation and decode them to images."""
 
     role = RoleType.DECODER
+    row_wise = {"vae"}
     needs = {"vae": Need.DECODE}
     reads = {"latents", "output_type"}
     writes = {"images"}
@@ -172,6 +174,9 @@ class ZImage(Family):
     geometry = {"vae": Need.CONFIG}
     admission = {"transformer": Need.CONFIG}
     refused = {"joint_attention_kwargs"}
+
+    def lone_forward(self) -> str | None:
+        return "both guidance branches are rows of one forward, as in the oracle"
 
     def compose(self) -> None:
         self.add_stage(TextEncoding)
