@@ -28,20 +28,21 @@ from triptych.engine.ray import RayEngine
 from triptych.request import Request
 
 RESULTS = Path(__file__).parent / "results" / "head_of_line.json"
-SHORT, TIMES, COUNT = 4, 10, 30  # steps; how many short ones the long one is worth; short requests
+TIMES, COUNT = 10, 30  # how many short ones the long one is worth; short requests
 POLICIES = ("predicted", "round_robin", "max_free_slots")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=16, help="of a short request; by default the model's own number")
     parser.add_argument("--policies", nargs="*", default=["predicted"], choices=POLICIES)
     parser.add_argument("--output", type=Path, default=RESULTS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     figures: dict[str, Any] = {"command": " ".join(["python bench/head_of_line.py", *sys.argv[1:]])}
     for policy in asked.policies:
-        figures[policy] = measure(policy, asked.rounds)
+        figures[policy] = measure(policy, asked.rounds, asked.steps)
     best = figures[asked.policies[0]]
     figures["checks"] = {
         "short p99 <= 1.5 x without the long one": best["short p99 ratio"] <= 1.5,
@@ -52,17 +53,17 @@ def main() -> int:
     return 0 if all(figures["checks"].values()) else 1
 
 
-def measure(policy: Any, rounds: int) -> dict[str, Any]:
+def measure(policy: Any, rounds: int, short: int) -> dict[str, Any]:
     """Return p99 and makespan with and without the long request: medians over the rounds."""
     with RayEngine(
         embedded.path(), dtype="float32", pools="encoder=1,denoiser=2,decoder=1", threads=1, batching=False,
         policy=policy, prompt_cache=0,
     ) as engine:  # fmt: skip
         for _ in range(4):
-            engine.generate(**ask(SHORT))  # the router learns what a request takes
-        engine.generate(**ask(SHORT * 3))
-        runs = [(run(engine, long=False), run(engine, long=True)) for _ in range(rounds)]
-        work = sum(seconds_of(engine, steps) * count for steps, count in ((SHORT, COUNT), (SHORT * TIMES, 1)))
+            engine.generate(**ask(short))  # the router learns what a request takes
+        engine.generate(**ask(short * 3))
+        runs = [(run(engine, short, long=False), run(engine, short, long=True)) for _ in range(rounds)]
+        work = sum(seconds_of(engine, steps) * count for steps, count in ((short, COUNT), (short * TIMES, 1)))
     best = work / 2
     middle = sorted(runs, key=lambda each: each[1]["makespan"])[len(runs) // 2]
     without, beside = middle
@@ -86,20 +87,20 @@ def seconds_of(engine: RayEngine, steps: int) -> float:
     return min(sum(engine.generate(**ask(steps)).timings.values()) for _ in range(3))
 
 
-def run(engine: RayEngine, *, long: bool) -> dict[str, float]:
+def run(engine: RayEngine, short: int, *, long: bool) -> dict[str, float]:
     """Submit all at once; returns when they were done, in seconds from then."""
     began = time.perf_counter()
     ended: dict[int, float] = {}
-    jobs = [engine.submit(Request(**ask(SHORT * TIMES)))] if long else []
-    jobs += [engine.submit(Request(**ask(SHORT, seed))) for seed in range(COUNT)]
+    jobs = [engine.submit(Request(**ask(short * TIMES)))] if long else []
+    jobs += [engine.submit(Request(**ask(short, seed))) for seed in range(COUNT)]
     for number, job in enumerate(jobs):
         job.listen(lambda event, number=number: ended.setdefault(number, time.perf_counter() - began)
                    if event.kind == "done" else None)  # fmt: skip
     for job in jobs:
         job.result(600)
     first = 1 if long else 0
-    short = sorted(ended[number] for number in range(first, len(jobs)))
-    return {"p99": short[-1], "long": ended[0] if long else 0.0, "makespan": max(ended.values())}
+    waited = sorted(ended[number] for number in range(first, len(jobs)))
+    return {"p99": waited[-1], "long": ended[0] if long else 0.0, "makespan": max(ended.values())}
 
 
 if __name__ == "__main__":

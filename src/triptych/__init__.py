@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from triptych.components.acceleration import Acceleration
     from triptych.planning.plan import Plan, plan
     from triptych.request import Request
     from triptych.result import Result
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
     from triptych.state import State
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Plan", "Request", "Result", "RoleType", "State", "load", "plan"]
+__all__ = ["Acceleration", "Model", "Plan", "Request", "Result", "RoleType", "State", "load", "plan"]
 
 _HOME = {
+    "Acceleration": "components.acceleration",
     "Model": "runtime.model",
     "load": "runtime.model",
     "Plan": "planning.plan",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from triptych.errors import ParameterError, UnknownParameterError
@@ -26,6 +27,10 @@ class Request:
 
     `Request(prompt="a red fox", seed=7)`; see `triptych families` for what a family takes.
     """
+
+    lora_folders: Sequence[Path] | None = None
+    """The folders, beside the model's own, in which `lora` may name files; None for any file or hub id. A server sets
+    it on what others send."""
 
     def __init__(self, **parameters: object) -> None:
         self.parameters = parameters

@@ -79,7 +79,7 @@ class State:
     def to(self, device: torch.device) -> None:
         """Move the tensors to a device. The generator stays where its seed put it."""
         for name, value in self.fields.items():
-            self.fields[name] = _moved(value, device)
+            self.fields[name] = moved(value, device)
 
     def to_bytes(self, out: memoryview | bytearray | None = None) -> memoryview | bytes:
         """Return the state in its wire form: one safetensors file, checksummed.
@@ -189,16 +189,17 @@ def _typed(header: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
     return value
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
+    """Return a value with the tensors in it, lists and dicts included, on a device."""
     import torch
 
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, (list, tuple)):
-        moved = [_moved(item, device) for item in value]
-        return moved if isinstance(value, list) else tuple(moved)
+        items = [moved(item, device) for item in value]
+        return items if isinstance(value, list) else tuple(items)
     if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: moved(item, device) for key, item in value.items()}
     return value
 
 

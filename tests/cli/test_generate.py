@@ -14,11 +14,12 @@ import pytest
 import tiny
 from conftest import TinyRepo
 from PIL import Image
+from tiny import lora
 
 import triptych
 from triptych import embedded
 from triptych.cli import generate, output, run
-from triptych.cli.arguments import parse_parameters
+from triptych.cli.arguments import parse_loras, parse_parameters
 from triptych.cli.media import open_images
 from triptych.errors import UsageError
 from triptych.result import Result
@@ -320,3 +321,38 @@ def test_an_interrupt_in_this_process_is_exit_code_130(
     assert run(["generate", klein, "a fox", *QUICK]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
     assert os.listdir() == []
+
+
+def test_a_lora_is_named_with_its_weight(klein: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    style = lora.write(tmp_path / "style.safetensors", Path(klein), {"transformer": ["attn.to_q", "ff.linear_in"]})
+    plain, styled = [*QUICK, "--seed", "7", "-o", "plain.png"], [*QUICK, "--seed", "7", "-o", "styled.png"]
+    assert run(["generate", klein, "a red fox", *plain]) == 0
+    assert run(["generate", klein, "a red fox", *styled, "--lora", f"{style}:1.5"]) == 0
+    expected = triptych.load(klein, device="cpu").generate(
+        prompt="a red fox", seed=7, num_inference_steps=1, width=16, height=24, lora=[{"path": style, "scale": 1.5}]
+    )
+    assert pixels("styled.png") == expected.images[0].tobytes() != pixels("plain.png")
+    capsys.readouterr()
+    assert run(["generate", klein, "a red fox", *styled, "--lora", str(tmp_path / "stile.safetensors")]) == 2
+    assert "--lora" in (told := capsys.readouterr().err) and "did you mean" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.safetensors", {"path": "a.safetensors", "scale": 1.0}),
+        ("a.safetensors:0.5", {"path": "a.safetensors", "scale": 0.5}),
+        ("a.safetensors:-1", {"path": "a.safetensors", "scale": -1.0}),
+        ("my:style/a.safetensors", {"path": "my:style/a.safetensors", "scale": 1.0}),
+        ("a:b", {"path": "a:b", "scale": 1.0}),
+    ],
+)
+def test_what_follows_a_loras_last_colon_is_its_weight_if_it_is_a_number(text: str, expected: dict[str, Any]) -> None:
+    assert parse_loras([text]) == [expected]
+
+
+def test_a_lora_without_a_path_is_refused() -> None:
+    with pytest.raises(UsageError, match="--lora ':1': PATH or PATH:SCALE is accepted"):
+        parse_loras([":1"])
+    assert parse_loras([]) is None

@@ -24,6 +24,9 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--engine", "local", "--pools", "denoiser=2"], "--pools needs Ray, and --engine local was asked for"),
         (["--engine", "local", "--address", "here:1"], "--address needs Ray"),
         (["--engine", "local", "--disagg-role", "server"], "--disagg-role needs Ray"),
+        (["--engine", "local", "--denoiser-gpus", "2"], "--denoiser-gpus needs Ray"),
+        (["--disagg-role", "encoder", "--address", "here:1", "--denoiser-gpus", "2"], "this command adds no denoiser"),
+        (["--denoiser-ulysses", "2"], "ranks are processes of their own; serve with --pools"),
         (
             ["--engine", "ray", "--denoiser", "cuda:0"],
             "--denoiser is for --engine local, and --engine ray asks for Ray",
@@ -82,8 +85,9 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...],
     def stand_in(name: str) -> Any:
         return lambda *args, **options: asked.append((name, args, options))
 
-    monkeypatch.setattr(serve, "_serve", lambda build, *_, **__: build())
+    monkeypatch.setattr(serve, "listen", lambda build, *_, **__: build())
     monkeypatch.setattr("triptych.engine.local.LocalEngine", stand_in("local"))
+    monkeypatch.setattr("triptych.engine.ray_cluster.begin_connecting", lambda address: f"connecting to {address}")
     monkeypatch.setitem(sys.modules, "triptych.engine.ray", SimpleNamespace(RayEngine=stand_in("ray")))
     monkeypatch.setitem(sys.modules, "triptych.engine.ray_join", SimpleNamespace(join=stand_in("join")))
     return asked
@@ -117,12 +121,14 @@ def test_devices_threads_and_switches_reach_the_local_engine(engines: Any) -> No
         (["--engine", "ray"], {"address": None}),
         (["--pools", "denoiser=2", "--threads", "2"], {"address": None, "pools": "denoiser=2", "threads": 2}),
         (["--address", "here:1"], {"address": "here:1"}),
+        (["--denoiser-gpus", "2"], {"address": None, "gpus": {RoleType.DENOISER: 2}}),
         (["--disagg-role", "server", "--address", "here:1"], {"address": "here:1", "pools": None}),
     ],
 )
 def test_pools_address_and_role_imply_ray(engines: Any, options: list[str], expected: dict[str, Any]) -> None:
     assert run(["serve", "model", *options]) == 0
-    assert engines == [("ray", ("model",), {**PLAIN, **ROUTING, **expected})]
+    connecting = {"connecting": f"connecting to {expected['address']}"}
+    assert engines == [("ray", ("model",), {**PLAIN, **ROUTING, **connecting, **expected})]
 
 
 def test_a_role_joins_a_cluster_and_serves_no_http(engines: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,3 +138,17 @@ def test_a_role_joins_a_cluster_and_serves_no_http(engines: Any, capsys: pytest.
     options.pop("on_ready")({"name": "denoiser-1", "loaded_bytes": 17_900_000})
     assert options == {**PLAIN, "prompt_cache": 0}
     assert capsys.readouterr().out == "Triptych has joined the service at here:1 (denoiser-1; 17.9 MB loaded)\n"
+
+
+def test_folders_with_loras_reach_the_server_and_have_to_exist(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(serve, "listen", lambda *_, **options: given.update(options))
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    assert run(["serve", "model", *(text for each in folders for text in ("--lora-dir", str(each)))]) == 0
+    assert given["lora_folders"] == tuple(folders)
+    assert run(["serve", "model", "--lora-dir", str(tmp_path / "three")]) == 2
+    assert "--lora-dir" in (told := capsys.readouterr().err) and "there is no such folder" in told

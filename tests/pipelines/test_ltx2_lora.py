@@ -10,10 +10,11 @@ import pytest
 import torch
 from diffusers.utils import USE_PEFT_BACKEND
 from safetensors.torch import load_file, save_file
+from tiny import lora
 from tiny.ltx2 import LORA
 
 import triptych
-from triptych.errors import ComponentFileError, ParameterError, UsageError
+from triptych.errors import ParameterError, UsageError
 from triptych.runtime.lanes import StepLane, Work
 from triptych.runtime.segment import Turn
 from triptych.state import State
@@ -182,13 +183,53 @@ def test_forwards_with_and_without_it_are_never_joined(stages: TwoStages) -> Non
         torch.testing.assert_close(one, other, rtol=0, atol=FORWARD_TOLERANCE * other.abs().max().item())
 
 
+class Styled(TwoStages):
+    """Two stages of diffusers with LoRAs of the request itself: on in both stages, before the second's own."""
+
+    def diffusers(self, *, lora: list[dict[str, Any]] | None = None, **call: Any) -> Any:  # type: ignore[override]
+        second = self.second["image" if "image" in call else "text"]
+        names = [f"style_{number}" for number in range(len(lora or ()))]
+        scales = [each.get("scale", 1.0) for each in lora or ()]
+        for name, each in zip(names, lora or ()):
+            path = Path(each["path"])
+            second.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
+        if names:  # of modules that both stages' pipelines share
+            second.set_adapters(names, scales)
+        switch = type(second).set_adapters
+        second.set_adapters = lambda name, scale: switch(second, [*names, name], [*scales, scale])
+        try:
+            return super().diffusers(**call)
+        finally:
+            del second.set_adapters
+            if names:
+                second.unload_lora_weights()
+
+
+@needs_peft
+@pytest.mark.parametrize("second", [{}, {"stage_2_lora": LORA, "stage_2_lora_scale": 0.4}], ids=["alone", "with-both"])
+def test_a_requests_own_loras_are_on_in_both_stages(
+    tiny_repo: TinyRepo, given: dict[str, Any], second: dict[str, Any], tmp_path: Path
+) -> None:
+    stages = Styled(tiny_repo("ltx2", version="2.0", upsampler=True, lora="connectors"))
+    layers = {"transformer": ["attn1.to_k", "proj_in"], "connectors": ["attn1.to_q", "text_proj_in"]}
+    style = lora.write(tmp_path / "style.safetensors", stages.repo, layers, seed=5)
+    styled = stages.of(lora=[{"path": str(style), "scale": 0.7}], **second, **given)
+    plain = stages.of(**second, **given)
+    assert differ(styled[0], plain[0]) and differ(styled[1], plain[1])
+    held = {
+        role: {name: len(each) for name, each in model.adapters.held().items()} for role, model in stages.roles.items()
+    }
+    count = 2 if second else 1
+    assert held == {"encoder": {"connectors": count}, "denoiser": {"transformer": count}, "decoder": {}}
+
+
 def test_without_peft_a_request_is_refused_before_its_first_step(
     stages: TwoStages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     denoiser = triptych.load(stages.repo, role="denoiser", device="cpu")
     monkeypatch.setattr("diffusers.utils.USE_PEFT_BACKEND", False)
     steps: list[int] = []
-    with pytest.raises(UsageError, match=r"stage_2_lora needs PEFT .* pip install \"triptych\[lora\]\""):
+    with pytest.raises(UsageError, match=r"a LoRA needs PEFT .* pip install \"triptych\[lora\]\""):
         denoiser.run(encoded(stages, stage_2_lora=LORA), on_step=lambda _, step, __: steps.append(step))
     assert not steps
     denoiser.run(encoded(stages))
@@ -230,9 +271,9 @@ def copied(stages: TwoStages, tmp_path: Path) -> Path:
 
 def test_a_file_that_holds_no_lora_of_the_transformer_is_refused_by_its_header(copied: Path) -> None:
     model = triptych.load(copied, role="server", device="cpu")
-    with pytest.raises(ParameterError, match="other-lora.safetensors.*holds no LoRA of LTX-2's transformer"):
+    with pytest.raises(ParameterError, match="other-lora.safetensors.*a LoRA of LTX2Pipeline's transformer or conn"):
         model.admit(triptych.Request(**CALL, two_stage=True, stage_2_lora="other-lora.safetensors"))
-    with pytest.raises(ComponentFileError, match="broken-lora.safetensors: is not a safetensors file"):
+    with pytest.raises(ParameterError, match="broken-lora.safetensors: is not a safetensors file"):
         model.admit(triptych.Request(**CALL, two_stage=True, stage_2_lora="broken-lora.safetensors"))
 
 
@@ -241,7 +282,7 @@ def test_one_that_does_not_fit_harms_no_other_request(stages: TwoStages, copied:
     model = triptych.load(copied, device="cpu")
     call = {**CALL, "two_stage": True, "seed": 7, "output_type": "pt"}
     for _ in range(2):
-        with pytest.raises(ComponentFileError, match="wide-lora.safetensors: is no LoRA that fits the transformer"):
+        with pytest.raises(ParameterError, match="wide-lora.safetensors'.*does not fit the transformer: its layer"):
             model.generate(**call, stage_2_lora="wide-lora.safetensors")
     assert_same(model.generate(**call).frames, stages.of()[0], "without, after one that does not fit")
     adapted = model.generate(**call, stage_2_lora=LORA).frames

@@ -15,10 +15,11 @@ from PIL import Image
 
 import triptych
 from triptych import embedded
-from triptych.runtime import preview
+from triptych.runtime import palette, preview
 from triptych.runtime.decoder_lane import DecoderLane
 from triptych.runtime.lanes import StepLane, Work
 from triptych.runtime.model import Model
+from triptych.runtime.palette import Palette
 from triptych.runtime.preview import Previews, Projection
 from triptych.runtime.segment import finish
 from triptych.state import State
@@ -47,13 +48,16 @@ def handed(model: Model, segments: int, **changes: Any) -> State:
 
 @pytest.fixture(scope="module")
 def projection(model: Model) -> Projection:
-    fitting = preview.fit(handed(model, 2, num_inference_steps=1), lambda state: finish(model.segment(state)))
-    while True:
-        try:
-            next(fitting)
-        except StopIteration as end:
-            fitted: Projection = end.value
-            return fitted
+    return drawn(model, handed(model, 2, num_inference_steps=1))
+
+
+def drawn(model: Model, sample: State) -> Projection:
+    """The map that is fitted to random latents like a sample's."""
+    made = Palette("no model of this name")
+    for _ in made.draw(sample, lambda state: finish(model.segment(state))):
+        pass
+    assert made.projection is not None
+    return made.projection
 
 
 class Denoised:
@@ -127,7 +131,7 @@ def test_a_preview_that_fails_is_logged_and_the_request_goes_on(
     with caplog.at_level(logging.WARNING, "triptych.runtime.preview"):
         state = Denoised(model, Previews(1, projection, fail)).outcome
         assert isinstance(state, State)
-        state = Denoised(model, wanted(Projection(torch.zeros(8, 48)), 1)[0]).outcome
+        state = Denoised(model, wanted(Projection(torch.zeros(15, 48)), 1)[0]).outcome
         assert isinstance(state, State)
     assert "nobody listens" in caplog.text and "7 channels" in caplog.text
 
@@ -185,7 +189,7 @@ def test_random_latents_have_the_form_and_the_means_of_real_ones(shape: tuple[in
     real = torch.randn(shape) * 0.5
     axis = 2 if len(shape) == 3 else 1
     real = real.movedim(axis, -1).add(torch.tensor([0.0, 5.0, -5.0, 2.0])).movedim(-1, axis)
-    drawn = preview.similar(real, 1.0, torch.Generator().manual_seed(0))
+    drawn = palette.similar(real, 1.0, torch.Generator().manual_seed(0))
     assert drawn.shape == real.shape
     rest = [each for each in range(len(shape)) if each != axis]
     assert torch.allclose(drawn.mean(rest), real.mean(rest), atol=0.2)
@@ -218,20 +222,22 @@ def test_a_decoder_fits_the_map_once_and_finds_it_on_disk_after(
     fitted = decoder.projection(60)
     assert fitted is not None
     assert [path.suffix for path in (cache / "previews").iterdir()] == [".safetensors"]
-    monkeypatch.setattr(preview, "fit", lambda *_: pytest.fail("it was fitted again"))
+    monkeypatch.setattr(Palette, "draw", lambda *_: pytest.fail("it was fitted again"))
     again = DecoderLane(model, "again", threads=1)
     found = again.projection(5)
     again.close()
     assert found is not None and torch.equal(found.weight, fitted.weight)
 
 
-def test_a_damaged_file_is_fitted_again(model: Model, decoder: DecoderLane, cache: Path) -> None:
-    decode(decoder, handed(model, 2, num_inference_steps=1))
+def test_a_damaged_file_is_fitted_again(model: Model, cache: Path) -> None:
     path = cache / "previews" / f"{model.fingerprint}.safetensors"
     path.parent.mkdir()
     path.write_bytes(b"nothing of use")
-    assert decoder.projection(60) is not None
-    assert preview.recall(model.fingerprint) is not None
+    lane = DecoderLane(model, "test", threads=1)
+    decode(lane, handed(model, 2, num_inference_steps=1))
+    assert lane.projection(60) is not None
+    lane.close()
+    assert palette.recall(model.fingerprint)[0] is not None
 
 
 def test_requests_are_decoded_while_a_map_is_fitted(model: Model, decoder: DecoderLane) -> None:
@@ -275,11 +281,7 @@ def test_latents_of_every_family_s_form_are_shown(tiny_repo: Callable[..., Path]
     sample = model.admit(request)
     while sample.position < len(sample.route) - 1:
         finish(model.segment(sample))
-    fitting = preview.fit(sample, lambda state: finish(model.segment(state)))
-    with pytest.raises(StopIteration) as end:
-        while True:
-            next(fitting)
-    previews, told = wanted(end.value.value, 1)
+    previews, told = wanted(drawn(model, sample), 1)
     lane, ended = StepLane(model, "test", threads=1, budget=0), threading.Event()
     state = model.admit(request)
     finish(model.segment(state))

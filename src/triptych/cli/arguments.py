@@ -112,6 +112,26 @@ def parse_size(text: str | None) -> tuple[int, ...]:
     return int(match[1]), int(match[2])
 
 
+def parse_loras(texts: Iterable[str]) -> list[dict[str, Any]] | None:
+    """Return the LoRAs that `PATH` or `PATH:SCALE` name; None where there is none.
+
+    Raises:
+        UsageError: a text names no file.
+    """
+    loras: list[dict[str, Any]] = []
+    for text in texts:
+        path, scale = text, 1.0
+        if match := re.fullmatch(r"(.*):([^:/\\]+)", text, re.DOTALL):
+            try:
+                path, scale = match[1], float(match[2])
+            except ValueError:  # a colon of the path's own
+                pass
+        if not path:
+            raise UsageError(f"--lora {text!r}: PATH or PATH:SCALE is accepted, as in style.safetensors:0.8")
+        loras.append({"path": path, "scale": scale})
+    return loras or None
+
+
 def parse_parameters(texts: Iterable[str]) -> Iterator[tuple[str, object]]:
     """Yield names and values of `name=value`, the value in JSON or, where it is none, plain text.
 

@@ -129,10 +129,10 @@ class Client:
         response.read()
         try:
             error = response.json()["error"]
-            kind, message = str(error["type"]), str(error["message"])
+            code, message = str(error["code"]), str(error["message"])
         except (ValueError, KeyError, TypeError):
             raise ServiceError(f"{response.url} answers {response.status_code}: is it `triptych serve`?") from None
-        _raise(kind, message, error)
+        _raise(code, message, error)
 
 
 def _authorization() -> dict[str, str]:
@@ -143,13 +143,13 @@ def _authorization() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _raise(kind: str, message: str, error: dict[str, Any]) -> NoReturn:
+def _raise(code: str, message: str, error: dict[str, Any]) -> NoReturn:
     """Raise what the service raised, as far as the one who asked can act on it."""
-    if kind == "unknown_parameter":
+    if code == "unknown_parameter":
         raise UnknownParameterError(error["field"], "the service's model", error["accepted"])
-    if kind == "bad_parameter":
+    if code == "bad_parameter":
         raise ParameterError(error["field"], error.get("value"), error["accepted"])
-    if kind == "bad_request":
+    if code == "bad_request":
         raise UsageError(message)
     raise ServiceError(message)
 

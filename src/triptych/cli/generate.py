@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
 
-from triptych.cli.arguments import Asked, model_and_prompt, parse_parameters, parse_size
+from triptych.cli.acceleration import Given, accelerated, accelerations, flags
+from triptych.cli.arguments import Asked, model_and_prompt, parse_loras, parse_parameters, parse_size
 from triptych.cli.console import logging_to, quieten_libraries, stderr_console
 from triptych.cli.errors import reported
 from triptych.cli.media import open_images
@@ -19,6 +21,7 @@ from triptych.cli.remote import check_remote, generate_remotely
 _REQUEST, _OUTPUT = "Request", "Output"  # headings of --help
 
 
+@accelerated
 def generate(
     arguments: Annotated[
         list[str],
@@ -89,6 +92,14 @@ def generate(
             rich_help_panel=_REQUEST,
         ),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:SCALE]",
+            help="A LoRA: a safetensors file, a folder with one, or a hub id, and its weight (1.0); may be repeated.",
+            rich_help_panel=_REQUEST,
+        ),
+    ] = None,
     param: Annotated[
         list[str] | None,
         typer.Option(
@@ -133,6 +144,7 @@ def generate(
             rich_help_panel="Model",
         ),
     ] = False,
+    acceleration: Given = MappingProxyType({}),
     server: Annotated[
         str | None,
         typer.Option(
@@ -161,7 +173,10 @@ def generate(
     with reported(debug), logging_to(stderr_console(), verbose=verbose):
         if server is not None:
             local = {"--model": model, "--dtype": dtype, "--tasks": tasks, "--revision": revision, "--variant": variant}
-            check_remote(arguments, {**local, "--device": device, "--split": split or None})
+            check_remote(arguments, {**local, "--device": device, "--split": split or None, **flags(acceleration)})
+        faster = accelerations(acceleration)
+        if exact is None and any(each.inexact for each in faster.values()):
+            exact = False  # the default is the exact one only where there is one
         source, prompt = model_and_prompt(arguments, model)
         asked = Asked()
         asked.add("prompt", prompt)
@@ -178,6 +193,7 @@ def generate(
         asked.add("num_frames", num_frames)
         asked.add("max_sequence_length", max_sequence_length)
         asked.add("exact", exact)
+        asked.add("lora", parse_loras(lora or []))
         for name, value in parse_parameters(param or []):
             asked.add(name, value, f"--param {name}")
         asked.add("image", open_images(image or []))
@@ -194,6 +210,7 @@ def generate(
             quieten_libraries(downloads=not quiet)
         device = device or "auto"
         options: dict[str, Any] = {"dtype": dtype_spec(dtype), "revision": revision, "variant": variant}
+        options["acceleration"] = faster
         console.print(f"Opening {source}", markup=False, soft_wrap=True)
         checker = triptych.load(
             source, role="server", device="cpu" if split else device, tasks=tasks or None, **options

@@ -25,6 +25,7 @@ PARAMETER_OPTIONS = {
     "max_sequence_length": "--max-sequence-length",
     "num_images_per_prompt": "--num-images",
     "num_videos_per_prompt": "--num-images",
+    "lora": "--lora",
     "seed": "--seed",
     "exact": "--exact",
 }

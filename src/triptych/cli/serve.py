@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from triptych.cli.console import human, logging_to, quieten_libraries, stderr_console
+from triptych.cli.acceleration import Given, accelerated, accelerations
+from triptych.cli.console import logging_to, quieten_libraries, stderr_console
+from triptych.cli.engine import choose_engine, threads_of
 from triptych.cli.errors import reported
+from triptych.cli.listening import announce, listen
 from triptych.cli.options import MODEL_HELP, Debug, Dtype, Revision, Tasks, Variant, by_role, dtype_spec
 from triptych.errors import UsageError
 from triptych.roles import WORKERS, RoleType
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 _HTTP, _LOCAL, _RAY, _RUNNING = "HTTP", "In this process", "On Ray", "Running"  # headings of --help
 
 
+@accelerated
 def serve(
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)] = None,
     host: Annotated[
@@ -69,11 +73,25 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="Its private key, where not in the same file.", rich_help_panel=_HTTP),
     ] = None,
+    lora_dir: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="A folder whose safetensors files requests may name as LoRAs, beside those in the model's own; may be "
+            "repeated. Every machine needs it under the same path.",
+            rich_help_panel=_HTTP,
+        ),
+    ] = None,
+    max_prompt: Annotated[
+        int,
+        typer.Option(metavar="CHARACTERS", min=1, help="The longest text that is taken.", rich_help_panel=_HTTP),
+    ] = 32_000,
     state_dir: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Where videos are kept, so that they outlive this process; by default a folder for the model.",
+            help="Where requests and results are kept, so that they outlive this process; by default a folder for the "
+            "model.",
             rich_help_panel=_HTTP,
         ),
     ] = None,
@@ -129,6 +147,15 @@ def serve(
             rich_help_panel=_RAY,
         ),
     ] = None,
+    denoiser_gpus: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="GPUs to reserve for each denoiser replica; by default one, or one for each of its ranks.",
+            rich_help_panel=_RAY,
+        ),
+    ] = None,
     threads: Annotated[
         str | None,
         typer.Option(
@@ -169,6 +196,7 @@ def serve(
     tasks: Tasks = None,
     revision: Revision = None,
     variant: Variant = None,
+    acceleration: Given = MappingProxyType({}),
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Tell what each role loaded; let the libraries speak.")
     ] = False,
@@ -183,15 +211,20 @@ def serve(
     with reported(debug), logging_to(stderr_console(), verbose=verbose):
         if no_state and state_dir is not None:
             raise UsageError("--no-state keeps nothing, and --state-dir says where: give one of them")
+        for folder in lora_dir or ():
+            if not folder.is_dir():
+                raise UsageError(f"--lora-dir {str(folder)!r}: there is no such folder")
         if ssl_keyfile is not None and ssl_certfile is None:
             raise UsageError("--ssl-keyfile: it belongs to a certificate; give --ssl-certfile too")
         devices = {"encoder": encoder, "denoiser": denoiser, "decoder": decoder}
-        on_ray = choose_engine(engine, devices, slots, pools, address, disagg_role)
+        on_ray = choose_engine(engine, devices, slots, pools, address, disagg_role, denoiser_gpus)
         role = None if disagg_role is None else RoleType(disagg_role)
         if role is RoleType.MONOLITHIC:
             raise UsageError("--disagg-role monolithic: a whole model is a pool of its own: --pools monolithic=1")
         if role in WORKERS and address is None:
             raise UsageError(f"--disagg-role {role}: name the cluster to join by --address HOST:PORT")
+        if denoiser_gpus is not None and role not in (None, RoleType.DENOISER):
+            raise UsageError(f"--denoiser-gpus: this command adds no denoiser, but --disagg-role {role}")
         if role is not None and pools is not None:
             raise UsageError("--disagg-role: --pools belongs to the command that starts the cluster")
         options: dict[str, Any] = {
@@ -199,6 +232,7 @@ def serve(
             "tasks": tasks or None,
             "revision": revision,
             "variant": variant,
+            **({"acceleration": faster} if (faster := accelerations(acceleration)) else {}),
             "batching": batching,
             **({} if prompt_cache else {"prompt_cache": 0}),
         }
@@ -211,6 +245,8 @@ def serve(
             "origins": cors_origin,
             "certificate": ssl_certfile,
             "private": ssl_keyfile,
+            "lora_folders": tuple(lora_dir or ()),
+            "max_prompt": max_prompt,
         }
 
         from triptych import embedded  # heavy from here on: everything above is checked first
@@ -224,15 +260,23 @@ def serve(
             from triptych.engine.ray_join import join
 
             assert role is not None and address is not None
-            join(source, role, address, **options, on_ready=lambda told: _announce([told], address))
+            reserved: dict[str, Any] = {} if denoiser_gpus is None else {"gpus": denoiser_gpus}
+            join(source, role, address, **options, **reserved, on_ready=lambda told: announce([told], address))
             return
+
+        if on_ray:
+            from triptych.engine.ray_cluster import begin_connecting
+
+            connecting = begin_connecting(address)  # while what is below imports the libraries
 
         def build() -> Engine:
             if on_ray:
                 from triptych.engine.ray import RayEngine
 
                 chosen: dict[str, Any] = {} if pools is None and role is None else {"pools": pools}
-                return RayEngine(source, address=address, **chosen, **options, **routing)
+                if denoiser_gpus is not None:
+                    chosen["gpus"] = {RoleType.DENOISER: denoiser_gpus}
+                return RayEngine(source, address=address, connecting=connecting, **chosen, **options, **routing)
             from triptych.engine.local import LocalEngine
 
             where: dict[str, Any] = {name: device for name, device in devices.items() if device is not None}
@@ -243,89 +287,4 @@ def serve(
 
             return None if no_state else open_default(source) if state_dir is None else JobStore(state_dir)
 
-        _serve(build, host, port, drain, keep, **reach, insecure=insecure)
-
-
-def _serve(
-    build: Callable[[], Engine],
-    host: str,
-    port: int,
-    patience: float,
-    keep: Callable[[], JobStore | None],
-    *,
-    api_key: str | None,
-    origins: list[str] | None,
-    certificate: Path | None,
-    private: Path | None,
-    insecure: bool,
-) -> None:
-    from triptych.server.front import Tls
-    from triptych.server.guard import Access, check_exposure
-    from triptych.server.keys import read_keys
-    from triptych.server.serve import serve as serve_over_http
-
-    access = Access(() if api_key is None else read_keys(api_key), tuple(origins or ()))
-    tls = None if certificate is None else Tls(certificate, private)
-    check_exposure(host, access, encrypted=tls is not None, insecure=insecure)
-
-    def announce(engine: Engine, url: str) -> None:
-        told = engine.snapshot()
-        _announce(told["replicas"], url, str(told["model"]).rstrip("/").rpartition("/")[2])
-
-    serve_over_http(build, announce, host=host, port=port, patience=patience, store=keep(), access=access, tls=tls)
-
-
-def _announce(replicas: list[dict[str, Any]], where: str, model: str | None = None) -> None:
-    """Print the one line that says that requests can come."""
-    names = ", ".join(str(each.get("name")) for each in replicas) or "no replica yet"
-    loaded = human(sum(each.get("loaded_bytes") or 0 for each in replicas))
-    serves = "Triptych has joined the service at" if model is None else f"Triptych serves {model} on"
-    print(f"{serves} {where} ({names}; {loaded} loaded)", flush=True)
-
-
-def choose_engine(
-    engine: str | None,
-    devices: dict[str, str | None],
-    slots: str | None,
-    pools: str | None,
-    address: str | None,
-    disagg_role: str | None,
-) -> bool:
-    """Return whether the options ask for Ray.
-
-    Raises:
-        UsageError: they contradict each other.
-    """
-    if engine not in (None, "local", "ray"):
-        raise UsageError(f"--engine {engine!r}: local or ray is accepted")
-    of_ray = {"--pools": pools, "--address": address, "--disagg-role": disagg_role}
-    of_local = {**{f"--{role}": device for role, device in devices.items()}, "--slots": slots}
-    ray = next((option for option, value in of_ray.items() if value is not None), None)
-    local = next((option for option, value in of_local.items() if value is not None), None)
-    if engine == "local" and ray:
-        raise UsageError(
-            f"{ray} needs Ray, and --engine local was asked for; on this process roles get devices: --denoiser cuda:0"
-        )
-    if (engine == "ray" or ray) and local:
-        asked = "--engine ray" if engine == "ray" else ray
-        raise UsageError(
-            f"{local} is for --engine local, and {asked} asks for Ray, which places replicas itself: use --pools"
-        )
-    return engine == "ray" or ray is not None
-
-
-def threads_of(text: str | None, *, on_ray: bool) -> int | dict[RoleType, int] | None:
-    """Return what `--threads` asks for: a number for every process on Ray, one for each role's lane in this process.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    if text is None:
-        return None
-    if text.strip().isdecimal() and int(text) > 0:
-        return int(text) if on_ray else dict.fromkeys(WORKERS, int(text))
-    if on_ray:
-        raise UsageError(
-            f"--threads {text!r}: on Ray, one number of at least 1 is accepted: the threads of every process"
-        )
-    return by_role("--threads", text)
+        listen(build, host, port, drain, keep, **reach, insecure=insecure)

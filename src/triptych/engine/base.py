@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _PATIENCE = 20.0
 """Seconds that the first request with previews waits for what they are made with."""
+_FRESH = 5.0
+"""Seconds that what previews are made with is used until the decoders are asked for better."""
 _FIXED = "this service runs in one process, whose replicas are settled at its start; serve with --pools to change them"
 _CHECK = 0.1
 """Seconds between two looks at the deadlines."""
@@ -42,20 +45,34 @@ class Engine(ABC):
     router: Router
     _projection: Projection | None = None
     _projection_sought = False
+    _projection_stale = 0.0  # when to look for a better one
 
-    def submit(self, request: Request, *, deadline: float | None = None, previews: int = 0) -> Job:
+    def submit(
+        self,
+        request: Request,
+        *,
+        deadline: float | None = None,
+        previews: int = 0,
+        name: str | None = None,
+        check: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> Job:
         """Take a request on; returns at once.
 
         Args:
             deadline: seconds from now after which it is given up.
             previews: pictures on the way that are to be told as events; the first request with any may wait here.
+            name: the job's id; drawn where left out.
+            check: is told of the parameters as the model has settled them; what it raises is raised here.
 
         Raises:
             UsageError: the request is not acceptable.
             OverloadedError: too many requests are on their way.
         """
         state = self.front.admit(request)
+        if check is not None:
+            check(state.fields)
         job = Job(deadline=None if deadline is None else time.monotonic() + deadline)
+        job.id = name or job.id
         if previews > 0 and (projection := self.projection()) is not None:
             job.previews = previews, projection
         self.router.submit(job, self.hand_in(state), state.fields)
@@ -79,17 +96,27 @@ class Engine(ABC):
         job = Job()
         self.router.submit(job, self.hand_in(state), state.fields)
         job.result()
+        try:
+            self.find_projection(0.0)  # the decoders begin to look for it, when they have nothing else to do
+        except Exception as error:  # noqa: BLE001 (requests come without previews then)
+            log.warning("looking for what previews are made with: %s", error)
 
     def projection(self) -> Projection | None:
-        """Return what previews are made with; a decoder fits it when it is first asked for. None where it cannot."""
-        if self._projection is None:
+        """Return what previews are made with; decoders learn it, and ever better, from what they decode.
+
+        None where they cannot.
+        """
+        now = time.monotonic()
+        if now > self._projection_stale:
+            self._projection_stale = now + _FRESH
             first, self._projection_sought = not self._projection_sought, True
             patience = _PATIENCE if first else 0.0
             try:
-                self._projection = self.find_projection(patience)
-                if self._projection is None and first:  # perhaps nothing has been decoded yet
+                found = self.find_projection(patience)
+                if found is None and first:  # perhaps nothing has been decoded yet
                     self.warm_up()
-                    self._projection = self.find_projection(patience)
+                    found = self.find_projection(patience)
+                self._projection = found or self._projection
             except Exception as error:  # noqa: BLE001 (a request must not fail for want of previews)
                 log.warning("looking for what previews are made with: %s", error)
         return self._projection

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from triptych.components.acceleration import parse_acceleration
 from triptych.engine.base import Engine
 from triptych.engine.replica import Handover, Replica, Ticket
 from triptych.engine.router import Policy, Router
@@ -25,6 +26,7 @@ from triptych.runtime.prompt_cache import PromptCache
 from triptych.state import State
 
 if TYPE_CHECKING:
+    from triptych.components.acceleration import AccelerationSpec
     from triptych.components.dtypes import DtypeSpec
 
 log = logging.getLogger(__name__)
@@ -59,21 +61,24 @@ class LanesReplica(Replica):
         self.prompts = remember_prompts(model, prompt_cache)
         self._works: dict[Ticket, Work] = {}
         self.lanes: dict[RoleType, Lane] = {}
+        self._settled_slots = frozenset(slots or ())
         lock = threading.Lock() if _share_weights(model) else None
+        rows = 0 if budget == 0 else None
         for role in sorted(model.roles):
             many = (threads or {}).get(role)
             if role is RoleType.DENOISER:
                 self.lanes[role] = StepLane(model, f"{name}/{role.value}", threads=many, budget=budget)
             elif role is RoleType.DECODER:
-                self.lanes[role] = DecoderLane(model, f"{name}/{role.value}", threads=many, exclusive=lock)
+                self.lanes[role] = DecoderLane(model, f"{name}/{role.value}", threads=many, exclusive=lock, rows=rows)
             else:
-                self.lanes[role] = Lane(model, f"{name}/{role.value}", threads=many, exclusive=lock)
+                self.lanes[role] = Lane(model, f"{name}/{role.value}", threads=many, exclusive=lock, rows=rows)
 
     def start(self, ticket: Ticket) -> None:
         state: State = ticket.handover.payload.copy()
 
         def done(outcome: State | Exception) -> None:
             work = self._works.pop(ticket)
+            self._make_room(ticket.role)
             if isinstance(outcome, Exception):
                 ticket.done(ticket, outcome)
             else:
@@ -83,6 +88,11 @@ class LanesReplica(Replica):
         work = Work(state, done, ticket.report, ticket.job.deadline, previews)
         self._works[ticket] = work
         self.lanes[ticket.role].put(work)
+
+    def _make_room(self, role: RoleType) -> None:
+        """Take as many segments of a role as its lane found worth running together, where nobody said how many."""
+        if role not in self._settled_slots and not isinstance(self.lanes[role], StepLane):
+            self.slots[role] = max(SLOTS[role], self.lanes[role].appetite)
 
     def cancel(self, ticket: Ticket) -> None:
         if (work := self._works.get(ticket)) is not None:
@@ -98,6 +108,8 @@ class LanesReplica(Replica):
             lane.close()
 
     def describe(self) -> dict[str, Any]:
+        for role in self.lanes:
+            self._make_room(role)
         lane = self.lanes.get(RoleType.DENOISER)
         return {
             **super().describe(),
@@ -120,7 +132,7 @@ def remember_prompts(model: Model, max_bytes: int) -> PromptCache | None:
         return None
     cache = PromptCache(max_bytes)
     for stage in stages:
-        stage.helpers.encode_prompt = cache.wrap(stage.helpers.encode_prompt)
+        stage.helpers.encode_prompt = cache.wrap(stage.helpers.encode_prompt, stage.adaptation)
     return cache
 
 
@@ -138,7 +150,7 @@ class LocalEngine(Engine):
     Args:
         source: a folder in diffusers' layout, or a hub id.
         encoder, denoiser, decoder: the device of each role, or several, separated by commas: a replica on each.
-        dtype, tasks, revision, variant: as in `triptych.load`.
+        dtype, tasks, revision, variant, acceleration: as in `triptych.load`.
         threads: CPU threads of each role's lane; by default the denoiser's has all but one.
         policy: how a replica is chosen: `predicted` seconds, `round_robin` or `max_free_slots`.
         max_waiting: requests on their way before further ones are turned away.
@@ -158,6 +170,7 @@ class LocalEngine(Engine):
         tasks: str | Iterable[str] | None = None,
         revision: str | None = None,
         variant: str | None = None,
+        acceleration: AccelerationSpec = None,
         threads: Mapping[RoleType, int] | None = None,
         slots: Mapping[RoleType, int] | None = None,
         policy: Policy = "predicted",
@@ -167,6 +180,7 @@ class LocalEngine(Engine):
         warm_up: bool = True,
     ) -> None:
         options: dict[str, Any] = {"dtype": dtype, "tasks": tasks, "revision": revision, "variant": variant}
+        options["acceleration"] = parse_acceleration(acceleration)
         self.router = Router(lambda handover: handover.payload.result, policy=policy, max_waiting=max_waiting)
         self.front = load(source, role=RoleType.SERVER, device="cpu", **options)
         needed = {role for role, _ in self.front.route()}

@@ -18,9 +18,11 @@ import torch
 from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayError
 
 import triptych
+from triptych.components.acceleration import parse_acceleration
 from triptych.engine.base import Engine
 from triptych.engine.local import PROMPT_CACHE
 from triptych.engine.pools import Pool, parse_pools
+from triptych.engine.ranks import check_place, ranks_of
 from triptych.engine.ray_cluster import connect
 from triptych.engine.ray_pools import PoolKeeper
 from triptych.engine.ray_replica import RayReplica
@@ -33,6 +35,7 @@ from triptych.runtime.preview import Projection
 from triptych.state import State
 
 if TYPE_CHECKING:
+    from triptych.components.acceleration import AccelerationSpec
     from triptych.components.dtypes import DtypeSpec
 
 log = logging.getLogger(__name__)
@@ -50,8 +53,10 @@ class RayEngine(Engine):
         source: a folder in diffusers' layout, which every machine has under the same path, or a hub id.
         pools: as in `encoder=1,denoiser=1..4,decoder=1`; None to start no replica and use those that are there.
         address: of a Ray cluster; None to start one on this machine, which ends with the engine.
+        connecting: what `begin_connecting` returned, where it was called before.
         threads: CPU threads of each replica; by default the machine's, divided among the replicas.
-        gpus: to reserve for each replica, by role; by default one where the cluster has any.
+        gpus: to reserve for each replica, by role; by default one, or one for each of its ranks, where the cluster has
+            any.
         faults: for tests of recovery: `corrupt`, the share of hand-overs in which a bit is flipped.
 
     The others are `LocalEngine`'s.
@@ -63,10 +68,12 @@ class RayEngine(Engine):
         *,
         pools: str | None = "encoder=1,denoiser=1,decoder=1",
         address: str | None = None,
+        connecting: Future[bool] | None = None,
         dtype: DtypeSpec = "auto",
         tasks: str | Iterable[str] | None = None,
         revision: str | None = None,
         variant: str | None = None,
+        acceleration: AccelerationSpec = None,
         threads: int | None = None,
         gpus: dict[RoleType, float] | None = None,
         policy: Policy = "predicted",
@@ -78,30 +85,48 @@ class RayEngine(Engine):
     ) -> None:
         wanted = parse_pools(pools) if pools else []
         options: dict[str, Any] = {"dtype": dtype, "tasks": tasks, "revision": revision, "variant": variant}
+        options["acceleration"] = parse_acceleration(acceleration)
         self.router = Router(lambda handover: handover.payload.result, policy=policy, max_waiting=max_waiting)
         self.front = load(source, role=RoleType.SERVER, device="cpu", **options)
         self._check_pools(wanted)
-        self._started_ray = connect(address)
         identity = {"version": triptych.__version__, "fingerprint": self.front.fingerprint}
-        self._happened: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self._keeper = PoolKeeper(self.router, identity, lambda *happened: self._happened.put(happened))
-        everywhere = sum(pool.most for pool in wanted)
+        identity |= self.front.accelerated.identity
+        everywhere = sum(pool.most * ranks_of(pool.roles, options["acceleration"]) for pool in wanted)
         arguments = {
+            "source": str(source),
+            "options": options,
             "threads": threads or max(1, (os.cpu_count() or 1) // max(1, everywhere)),
             "expected": identity,
             "budget": None if batching else 0,
             "prompt_cache": prompt_cache,
             "faults": faults,
         }
-        self._keeper.declare(wanted, gpus or {}, source=str(source), options=options, **arguments)
+        self._started_ray = connect(address) if connecting is None else connecting.result()
         self._watch()
+        try:
+            self._start(wanted, gpus or {}, identity, arguments)
+        except BaseException:
+            self._closed.set()
+            if self._started_ray:
+                ray.shutdown()
+            raise
+        if warm_up:
+            self.warm_up()
+
+    def _start(
+        self, pools: list[Pool], gpus: dict[RoleType, float], identity: dict[str, str], arguments: dict[str, Any]
+    ) -> None:
+        """Take part in the service, and wait until every role has a replica."""
+        if any(RoleType.DENOISER in pool.roles for pool in pools):
+            check_place(self.front.family, self.front.tasks, gpus, arguments["options"]["acceleration"])
+        self._happened: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._keeper = PoolKeeper(self.router, identity, lambda *happened: self._happened.put(happened))
+        self._keeper.declare(pools, gpus, **arguments)
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._handle, self._pulse)]
         self._keeper.pulse()
         for thread in self._threads:
             thread.start()
         self._wait_until_ready()
-        if warm_up:
-            self.warm_up()
 
     def hand_in(self, state: State) -> Handover:
         data = np.frombuffer(state.to_bytes(), np.uint8)

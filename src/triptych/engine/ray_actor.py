@@ -47,17 +47,24 @@ class ReplicaActor:
         slots: dict[str, int] | None = None,
         faults: dict[str, float] | None = None,
     ) -> None:
+        if threads is not None:
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # read once, when torch is imported
         import torch
 
         from triptych.engine.local import LanesReplica
+        from triptych.engine.ranks import with_ranks
         from triptych.runtime.model import load
 
         if threads is not None:
             torch.set_num_threads(threads)
+        ranks, options = with_ranks(source, roles, options, threads)
         model = load(source, role=roles, **options)
-        mine = {"version": triptych.__version__, "fingerprint": model.fingerprint}
+        mine = {"version": triptych.__version__, "fingerprint": model.fingerprint, **model.accelerated.identity}
         if expected is not None and mine != expected:
             raise ReplicaRefusedError(difference(mine, expected))
+        if ranks is not None:
+            ranks.attach(model)
+            budget = 0 if ranks.apart else budget
         shares = None if threads is None else {role: threads for role in model.roles}
         given = {RoleType(role): count for role, count in (slots or {}).items()}
         self._replica = LanesReplica(name, model, threads=shares, budget=budget, prompt_cache=prompt_cache, slots=given)
@@ -197,8 +204,8 @@ class ReplicaActor:
 def difference(mine: dict[str, str], expected: dict[str, str]) -> str:
     """Say in what a replica differs from the service it wants to join."""
     parts = [
-        f"its {name} is {mine[name]!r}, the service's {expected[name]!r}"
-        for name in mine
-        if mine[name] != expected[name]
+        f"its {name} is {mine.get(name, 'none')!r}, the service's {expected.get(name, 'none')!r}"
+        for name in {**expected, **mine}
+        if mine.get(name) != expected.get(name)
     ]
     return f"this replica cannot join: {'; '.join(parts)}"

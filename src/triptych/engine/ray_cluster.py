@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +36,21 @@ def connect(address: str | None) -> bool:
         return False
     with _own_signals():
         return _start(address)
+
+
+def begin_connecting(address: str | None) -> Future[bool]:
+    """Begin to `connect` in another thread, while this one imports the libraries that an engine needs."""
+    connecting: Future[bool] = Future()
+
+    def run() -> None:
+        try:
+            connecting.set_result(connect(address))
+        except Exception as error:  # noqa: BLE001 (for whoever waits for the result)
+            connecting.set_exception(error)
+        threading.Event().wait()  # Ray's processes end with the thread that started them
+
+    threading.Thread(target=run, name="connecting", daemon=True).start()
+    return connecting
 
 
 @contextmanager
@@ -89,7 +105,6 @@ def start_replica(
         gpus: to reserve for it.
         here: whether it is to run on this machine, and to end with this process.
     """
-    environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     remote: Any = ray.remote
     actor = remote(num_cpus=0, num_gpus=gpus, max_restarts=-1, max_task_retries=0, max_concurrency=64)(ReplicaActor)
     where: Any = "DEFAULT" if gpus else "SPREAD"  # where nothing is reserved, Ray would put all on one machine
@@ -100,5 +115,4 @@ def start_replica(
         namespace=NAMESPACE,
         scheduling_strategy=where,
         lifetime=None if here else "detached",  # it outlives the router that started it: there may be others
-        runtime_env={"env_vars": environment},
     ).remote(name, source, roles, options, threads=threads, **arguments)

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from triptych.components.acceleration import parse_acceleration
 from triptych.engine.local import PROMPT_CACHE
+from triptych.engine.ranks import gpus_of
 from triptych.engine.ray_cluster import connect, start_replica
 from triptych.engine.ray_register import find_register
 from triptych.errors import ModelError, ReplicaRefusedError
 from triptych.roles import RoleType
 
 if TYPE_CHECKING:
+    from triptych.components.acceleration import AccelerationSpec
     from triptych.components.dtypes import DtypeSpec
 
 log = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ def join(
     tasks: str | Iterable[str] | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    acceleration: AccelerationSpec = None,
     threads: int | None = None,
     gpus: float | None = None,
     prompt_cache: int = PROMPT_CACHE,
@@ -60,16 +64,16 @@ def join(
     connect(address)
     register = find_register()
     options: dict[str, Any] = {"dtype": dtype, "tasks": tasks, "revision": revision, "variant": variant}
+    options["acceleration"] = parse_acceleration(acceleration)
     role = RoleType(role)
     name = f"{role.value}-{secrets.token_hex(3)}"
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     actor = start_replica(
         name,
         str(source),
         role.value,
         options,
         threads=threads or max(1, (os.cpu_count() or 1) // 2),
-        gpus=gpus if gpus is not None else float(bool(resources.get("GPU"))),
+        gpus=gpus_of({role}, {} if gpus is None else {role: gpus}, options["acceleration"]),
         here=True,
         expected=ray.get(register.identity.remote()),
         budget=None if batching else 0,

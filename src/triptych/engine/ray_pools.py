@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from triptych.engine.pools import Pool
+from triptych.engine.ranks import gpus_of
 from triptych.engine.ray_cluster import start_replica
 from triptych.engine.ray_register import NAMESPACE, open_register
 from triptych.engine.ray_replica import RayReplica
@@ -51,7 +52,7 @@ class PoolKeeper:
         """Say which pools the service is to have, and with what arguments `start_replica` starts their replicas."""
         declared = {}
         for pool in pools:
-            reserved = {**arguments, "gpus": _gpus_of(pool, gpus)}
+            reserved = {**arguments, "gpus": gpus_of(pool.roles, gpus, arguments["options"]["acceleration"])}
             declared[pool.name] = {
                 "least": pool.least, "most": pool.most, "target": pool.least, "arguments": reserved,
             }  # fmt: skip
@@ -165,9 +166,3 @@ class PoolKeeper:
     def _of(self, pool: str) -> list[RayReplica]:
         """Return a pool's own replicas that are to stay."""
         return [each for each in self.replicas.values() if each.pool == pool and not each.draining and not each.joined]
-
-
-def _gpus_of(pool: Pool, gpus: dict[RoleType, float]) -> float:
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    wanted = [gpus[role] for role in pool.roles if role in gpus]
-    return max(wanted, default=1.0 if resources.get("GPU") else 0.0)

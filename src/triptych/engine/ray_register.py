@@ -163,7 +163,8 @@ def find_register() -> Any:
     identity: dict[str, str] | None = None
     try:
         register = ray.get_actor(REGISTER, namespace=NAMESPACE)
-        identity = ray.get(register.identity.remote(), timeout=10)
+        asked: Any = register.identity.remote()
+        identity = ray.get(asked, timeout=10)
     except (ValueError, GetTimeoutError) as error:
         log.info("no register: %s", error)
     if identity is None:

@@ -75,8 +75,9 @@ class RayReplica(Replica):
         self._when_there(method.remote(), "told")
 
     def hear(self, beat: dict[str, Any]) -> None:
-        """Take note of a sign of life: how far its tickets are."""
+        """Take note of a sign of life: how far its tickets are, and how many it takes at a time."""
         self.told.update(beat["replica"])
+        self.slots.update({RoleType(role): many for role, many in beat["replica"]["slots"].items()})
         self._quiet = self._quiet + 1 if self.draining and not beat["replica"]["busy"] else 0
         for ticket, name in list(self._names.items()):
             step = beat["progress"].get(name)

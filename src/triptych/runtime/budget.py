@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from triptych.components.switches import is_compiled
 from triptych.stages.denoising import Denoising, Forward
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def measure(stage: Denoising, sample: Forward, interrupted: Callable[[], bool]) 
     better to do.
     """
     best, budget, copies = 0.0, sample.size, 1
+    compiled = is_compiled(getattr(stage, sample.component))
     while copies * sample.rows(stage.shared) <= MOST_ROWS:
         larger = [replace(sample) for _ in range(copies)]
         seconds = []
@@ -46,7 +48,7 @@ def measure(stage: Denoising, sample: Forward, interrupted: Callable[[], bool]) 
             except (torch.OutOfMemoryError, MemoryError):
                 return budget
             seconds.append(time.perf_counter() - began)
-            if seconds[-1] > LONGEST:
+            if seconds[-1] > LONGEST and (len(seconds) > 1 or not compiled):  # the first may have been compiling
                 break
         rate = copies / min(seconds)
         if copies > 1 and rate < best * GAIN:

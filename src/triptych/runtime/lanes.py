@@ -6,18 +6,22 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
+from triptych.components.step_cache import is_cached
 from triptych.errors import Cancelled, DeadlineExceeded, TriptychError
 from triptych.runtime import budget
+from triptych.runtime.meeting import KINDS, Meeting
 from triptych.runtime.model import Model
+from triptych.runtime.pace import Appetite
 from triptych.runtime.preview import Previews
-from triptych.runtime.segment import OnStep, Segment, Turn, finish, running
+from triptych.runtime.segment import OnStep, Segment, Turn, finish, run_together, running
 from triptych.stages.denoising import Denoising, Forward
+from triptych.stages.graph import route_of
 from triptych.state import State
 
 log = logging.getLogger(__name__)
@@ -37,6 +41,7 @@ class Work:
         deadline: when it must have ended, on `time.monotonic`'s clock.
         previews: the pictures on the way that somebody wants to see.
         seconds: what the lane spent on it; its share of forwards that it shared.
+        settled: whether `done` has been told.
     """
 
     state: State
@@ -45,6 +50,7 @@ class Work:
     deadline: float | None = None
     previews: Previews | None = None
     seconds: float = field(default=0.0, init=False)
+    settled: bool = field(default=False, init=False)
     _cancelled: bool = field(default=False, init=False)
 
     def cancel(self) -> None:
@@ -71,11 +77,15 @@ class Work:
 
 
 class Lane:
-    """A thread that runs one segment after another.
+    """A thread that runs one segment after another; those that wait together, as one, where that was found worth it.
+
+    Args:
+        rows: how many a call that segments share may have; None to learn what is worth it, 0 to run them apart.
 
     Attributes:
         exclusive: held while a segment runs: lanes that use the same autoencoder share a lock, because it keeps the
             features of a call on itself.
+        batches: how often how many segments were run together.
     """
 
     def __init__(
@@ -85,35 +95,62 @@ class Lane:
         *,
         threads: int | None = None,
         exclusive: AbstractContextManager[object] | None = None,
+        rows: int | None = None,
     ) -> None:
         self.model = model
         self.name = name
         self.exclusive = exclusive or nullcontext()
+        self.batches: Counter[int] = Counter()
         self._threads = threads
         self._waiting: deque[Work] = deque()
-        self._wake = threading.Condition()
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)  # the lane's thread has something to do
+        self._free = threading.Condition(self._lock)  # nobody runs a segment
+        self._busy = False
+        self._callers = 0  # that wait for `_free`
         self._closing = False
-        self._one = threading.Lock()
+        self._meeting = None if rows == 0 else Meeting(model.device, rows)
+        self._appetites: dict[object, Appetite] = {}
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
         self._thread.start()
 
+    @property
+    def appetite(self) -> int:
+        """How many segments the lane would like to have at a time: what it may run together, and at least two."""
+        return max([2, *(each.size for each in list(self._appetites.values()))])
+
     def put(self, work: Work) -> None:
         """Give the lane a segment to run."""
-        with self._wake:
+        with self._lock:
             self._waiting.append(work)
             self._wake.notify()
 
     def run_here(self, work: Work) -> None:
-        """Run a segment in the caller's thread, when the lane's own is not at work: two changes of threads less."""
-        with self._one:
-            self._run(work)
+        """Run a segment in the caller's thread, when nobody else is at work: two changes of threads less.
+
+        It may run others that wait with it, or be run by another caller with its own.
+        """
+        with self._lock:
+            self._waiting.append(work)
+        while True:
+            with self._lock:
+                self._callers += 1
+                self._free.wait_for(lambda: work.settled or not self._busy)
+                self._callers -= 1
+                if work.settled:
+                    self._call_next()
+                    return
+                works = self._claim()
+            self._run_claimed(works)
 
     def close(self) -> None:
         """Finish what was given to the lane, and end its thread."""
-        with self._wake:
+        with self._lock:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+        if self._meeting is not None:
+            self._meeting.close()
 
     def _live(self) -> None:
         if self._threads is not None:
@@ -129,10 +166,99 @@ class Lane:
             return arrived if arrived or not (wait and self._closing) else None
 
     def _loop(self) -> None:
-        while (arrived := self._take(wait=True)) is not None:
-            while arrived:
-                with self._one:
-                    self._run(arrived.popleft())  # without a name here, which would keep the state until the next comes
+        while True:
+            with self._lock:
+                self._wake.wait_for(lambda: not self._busy and (self._waiting or self._closing))
+                if not self._waiting:
+                    return
+                works = self._claim()
+            self._run_claimed(works)
+
+    def _claim(self) -> list[Work]:
+        """Take the segments that are to be run next, under the lock: the first, and those that may go with it."""
+        self._busy = True
+        works = [self._waiting.popleft()]
+        if not self._waiting or self._meeting is None or (kind := self._kind(works[0])) is None:
+            return works
+        appetite = self._appetites.setdefault(kind, Appetite())
+        if len(self._appetites) > KINDS:
+            self._appetites.pop(next(iter(self._appetites)))
+        for other in list(self._waiting):
+            if len(works) >= appetite.size:
+                break
+            if self._kind(other) == kind:
+                works.append(other)
+                self._waiting.remove(other)
+        return works
+
+    def _run_claimed(self, works: list[Work]) -> None:
+        try:
+            if len(works) == 1:
+                self._run(works.pop())  # without a name here, which would keep the state until the next comes
+            else:
+                self._run_together(works)
+                works.clear()
+        finally:
+            with self._lock:
+                self._busy = False
+                self._free.notify_all()
+                self._call_next()
+
+    def _call_next(self) -> None:
+        """Wake the lane's thread, under the lock, if something is left to do and no caller there to do it."""
+        if (self._waiting or self._closing) and not self._busy and not self._callers:
+            self._wake.notify()
+
+    def _kind(self, work: Work) -> object | None:
+        """Return something that equals for segments that may be run together; None for one that may not.
+
+        Every stage has to be row-wise: a request is not to wait while another does what they cannot share.
+        """
+        state = work.state
+        if state.fields.get("exact", True) or state.next_role is None:
+            return None
+        _, names = route_of(self.model.family.recipe, state.task)[state.position]
+        stages = [stage for stage in self.model.stages if stage.name in names]
+        if not all(stage.row_wise for stage in stages):
+            return None
+        read = sorted({name for stage in stages for name in stage.reads})
+        shapes = [(name, value.shape[1:]) for name in read if isinstance(value := state.fields.get(name), torch.Tensor)]
+        return state.task, state.position, repr(state.fields.get("lora")), *shapes
+
+    def _run_together(self, works: list[Work]) -> None:
+        """Run segments of one kind as one."""
+        assert self._meeting is not None
+        going: list[Work] = []
+        for work in works:
+            try:
+                work.check()
+                going.append(work)
+            except TriptychError as error:
+                self._settle(work, error)
+        if len(going) < 2:
+            for work in going:
+                self._run(work)
+            return
+        kind, states = self._kind(going[0]), [work.state for work in going]
+        errors: Sequence[Exception | None]
+        before = [sum(state.timings.values()) for state in states]
+        self._meeting.worth = None
+        try:
+            with self.exclusive:
+                checks = [work.check for work in going]
+                errors = run_together(
+                    self.model.family.recipe, self.model.stages, states, self.model.device, checks, self._meeting
+                )
+        except Exception as error:  # noqa: BLE001 (it is the requests' end, not the lane's)
+            errors = [error] * len(going)
+        for work, earlier in zip(going, before):
+            work.seconds = sum(work.state.timings.values()) - earlier
+        if self._meeting.worth is not None:
+            longest = max(work.seconds for work in going)
+            self._appetites.setdefault(kind, Appetite()).note(self._meeting.worth, longest)
+        self.batches[len(going)] += 1
+        for work, failure in zip(going, errors):
+            self._settle(work, failure or work.state)
 
     def _run(self, work: Work) -> None:
         outcome: State | Exception
@@ -140,7 +266,7 @@ class Lane:
         try:
             work.check()
             with self.exclusive:
-                finish(self.model.segment(work.state, work.report))
+                finish(self.model.segment(work.state, work.report, work.check))
             outcome = work.state
         except Exception as error:  # noqa: BLE001 (it is the request's end, not the lane's)
             outcome = error
@@ -155,7 +281,10 @@ class Lane:
             if not isinstance(outcome, TriptychError):
                 log.error("%s: a request failed", self.name, exc_info=outcome)
             outcome = outcome.with_traceback(None)  # its frames would keep the request's tensors
-        work.done(outcome)
+        try:
+            work.done(outcome)
+        finally:
+            work.settled = True
 
 
 @dataclass(eq=False)
@@ -186,12 +315,13 @@ class StepLane(Lane):
     """
 
     def __init__(self, model: Model, name: str, *, threads: int | None = None, budget: int | None = None) -> None:
-        self.budget = budget
+        cached = any(is_cached(each) for each in model.components.values())
+        self.budget = 0 if cached else budget  # forwards of a model with a step cache cannot be shared
         self.forwards: Counter[int] = Counter()
         self._active: list[_Runner] = []
         self._seconds_each = 0.0  # predicted seconds of one element of a forward
         self._sample: tuple[Denoising, Forward] | None = None
-        super().__init__(model, name, threads=threads)
+        super().__init__(model, name, threads=threads, rows=0)
 
     def _loop(self) -> None:
         while True:
@@ -208,9 +338,11 @@ class StepLane(Lane):
 
     def _measure(self, stage: Denoising, sample: Forward) -> None:
         dtype = next(value.dtype for value in sample.inputs.values() if isinstance(value, torch.Tensor))
-        key = budget.key(self.model.fingerprint, self.model.device, dtype, torch.get_num_threads())
+        model = "/".join((self.model.fingerprint, *self.model.accelerated.identity.values()))
+        key = budget.key(model, self.model.device, dtype, torch.get_num_threads())
         if (known := budget.recall(key)) is not None:
-            self.budget = known
+            with running(stage.name):
+                self.budget, self._sample = budget.rehearse(stage, sample, known), None
             return
         with running(stage.name):
             measured = budget.measure(stage, sample, lambda: bool(self._waiting) or self._closing)
@@ -220,9 +352,9 @@ class StepLane(Lane):
             log.info("%s: forwards gain from sharing up to %d times one request's", self.name, measured // sample.size)
 
     def _join(self, work: Work) -> None:
-        segment = self.model.segment(work.state, work.report)
         try:
             work.check()
+            segment = self.model.segment(work.state, work.report, work.check)
             runner = _Runner(work, segment, next(segment))
             self._active.append(runner)
             if self.budget is None and self._sample is None:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from triptych.components.acceleration import AccelerationSpec, parse_acceleration
+from triptych.components.adapters import Adapters
 from triptych.components.dtypes import DtypeSpec, parse_dtype
 from triptych.components.hollow import is_hollow
+from triptych.components.interruption import watch
 from triptych.components.loading import load_component
 from triptych.components.need import Need
-from triptych.errors import UsageError, WireError, WrongRoleError
+from triptych.errors import ParameterError, UsageError, WireError, WrongRoleError
 from triptych.pipelines.base import Family
 from triptych.pipelines.registry import open_family
 from triptych.request import Request, fill_in, split_prompts
 from triptych.result import Result
 from triptych.roles import RoleType, parse_roles, role_name
+from triptych.runtime.accelerated import Accelerated
 from triptych.runtime.segment import OnStep, Segment, finish, run_segment
 from triptych.stages.base import Stage, Undeclared
 from triptych.stages.graph import route_of
@@ -41,12 +45,19 @@ class Model:
         roles: the roles this process has; empty for a server.
         components: what is loaded, by name; hollow components included.
         stages: the stages this process runs, in order.
+        adapters: the LoRAs that its components hold; None where the family's pipeline has no loader of them.
         loaded_bytes: bytes of weights held, by component.
         device: where it runs.
     """
 
     def __init__(
-        self, family: Family, roles: frozenset[RoleType], device: torch.device, dtype: DtypeSpec, tasks: frozenset[str]
+        self,
+        family: Family,
+        roles: frozenset[RoleType],
+        device: torch.device,
+        dtype: DtypeSpec,
+        tasks: frozenset[str],
+        acceleration: AccelerationSpec = None,
     ) -> None:
         self.family = family
         self.roles = roles
@@ -57,7 +68,11 @@ class Model:
         self.components: dict[str, Any] = {}
         self.loaded_bytes: dict[str, int] = {}
         mine = family.stages_of(roles, tasks)
-        self._load(family.needs(roles, tasks), dtype)
+        dtypes, needs = parse_dtype(dtype, family.repository), family.needs(roles, tasks)
+        asked = parse_acceleration(acceleration, roles)
+        self.accelerated = Accelerated(family, roles, needs, asked, tasks, device, dtypes)
+        self._load(needs, dtypes)
+        self.adapters = None if family.loras is None else Adapters(family.oracle, family.repository, self.components)
         self.stages = [self._build(name, stage) for name, stage in mine]
         self._helpers = self._helper_pipeline(ADMISSION, {**family.geometry, **family.admission})
 
@@ -78,13 +93,21 @@ class Model:
             UsageError: a parameter is unknown, out of range or does not fit the model.
         """
         family = self.family
-        fields = fill_in(request.parameters, family.parameters, family.repository.defaults, family.repository.family)
+        given = dict(request.parameters)
+        if family.loras is None and (named := given.pop("lora", None)):
+            problem = f"diffusers has no loader of LoRAs for {family.repository.family}: leave it out"
+            raise ParameterError("lora", named, problem)
+        fields = fill_in(given, family.parameters, family.repository.defaults, family.repository.family)
         task = family.task_of(fields)
         if task not in self.tasks:
             raise UsageError(
                 f"this is a request for {task!r}, but the model was loaded for {', '.join(sorted(self.tasks))}"
             )
         family.admit(fields, self._helpers)
+        self.accelerated.check(fields)
+        named = fields.pop("lora", None)
+        if named and family.loras is not None:
+            fields["lora"] = family.loras.settle(named, request.lora_folders)
         fields["generator"] = torch.Generator("cpu").manual_seed(fields["seed"])
         route = tuple(role for role, _ in route_of(family.recipe, task))
         return State(family.repository.family, self.fingerprint, task, route, fields=fields)
@@ -144,18 +167,29 @@ class Model:
         routes = [route_of(self.family.recipe, task) for task in sorted(self.tasks)]
         return max(routes, key=len)
 
-    def segment(self, state: State, on_step: OnStep | None = None) -> Segment:
-        """Run the state's next segment, in place, leaving the denoising model's forwards to whoever iterates."""
-        return run_segment(self.family.recipe, self.stages, state, self.device, on_step)
+    def segment(self, state: State, on_step: OnStep | None = None, check: Callable[[], None] | None = None) -> Segment:
+        """Run the state's next segment, in place, leaving the denoising model's forwards to whoever iterates.
 
-    def _load(self, needs: Mapping[str, Need], dtype: DtypeSpec) -> None:
+        Args:
+            check: called between two parts of an autoencoder's work; what it raises ends the segment.
+
+        Raises:
+            ParameterError: the state is of an exact request, and this process's roles compute something else.
+        """
+        self.accelerated.check(state.fields, self.roles)
+        return run_segment(self.family.recipe, self.stages, state, self.device, on_step, check)
+
+    def _load(self, needs: Mapping[str, Need], dtypes: Mapping[str, str]) -> None:
         repository = self.family.repository
-        dtypes = parse_dtype(dtype, repository)
         began = time.perf_counter()
         for name, need in needs.items():
-            loaded = load_component(repository, name, need, device=self.device, dtypes=dtypes, role=self.role)
+            device = torch.device("cpu") if self.accelerated.is_offloaded(name) else self.device
+            loaded = load_component(repository, name, need, device=device, dtypes=dtypes, role=self.role)
             self.components[name] = loaded.component
             self.loaded_bytes[name] = loaded.nbytes
+        self.loaded_bytes |= self.accelerated.switch_on(self.components)
+        for component in self.components.values():
+            watch(component)
         self._log(needs, time.perf_counter() - began)
 
     def _log(self, needs: Mapping[str, Need], seconds: float) -> None:
@@ -186,7 +220,9 @@ class Model:
         absent = {component: None for component in stage.needs if component not in needs}
         others = {component: Undeclared(name, component) for component in self.family.repository.components}
         components = {**others, **absent, **declared}
-        return stage(name, components, self._helper_pipeline(name, stage.needs), self.device)
+        built = stage(name, components, self._helper_pipeline(name, stage.needs), self.device)
+        built.adapters = self.adapters
+        return built
 
     def _helper_pipeline(self, user: str, declared: Mapping[str, Need]) -> Any:
         """Build the family's diffusers pipeline from the components that `user` declares; touching others raises."""
@@ -254,6 +290,7 @@ def load(
     tasks: str | Iterable[str] | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    acceleration: AccelerationSpec = None,
 ) -> Model:
     """Load a model, or the part of it that one or more roles use.
 
@@ -264,13 +301,14 @@ def load(
         dtype: `auto` (the checkpoint's), a dtype, or a mapping from component to dtype with a `default`.
         tasks: load for these tasks only; None for all that the family has.
         revision, variant: as in `from_pretrained`.
+        acceleration: what makes the role's models faster or smaller; of several roles, a mapping from role to it.
 
     Raises:
         ModelError: the repository is missing, damaged or not served.
-        UsageError: a role, task, device or dtype does not exist.
+        UsageError: a role, task, device or dtype does not exist, or an acceleration is not possible here.
     """
     roles = parse_roles(role)
     family = open_family(source, revision=revision, variant=variant)
     for each in roles or (RoleType.SERVER,):
         family.validate_disagg_role(each)
-    return Model(family, roles, pick_device(device), dtype, family.select_tasks(tasks))
+    return Model(family, roles, pick_device(device), dtype, family.select_tasks(tasks), acceleration)

@@ -1,7 +1,7 @@
 """Previews: what a picture will look like, from its latents in the middle of denoising.
 
-A step's estimate of the clean latents goes through a linear map from latents to colours. The decoder fits the map once,
-from pictures that it decodes, and keeps it on disk; it is small enough to go along with requests.
+A step's estimate of the clean latents goes through a linear map from latents to colours. The decoder fits the map to
+pictures that it decodes (`palette.py`); it is small enough to go along with requests.
 """
 
 from __future__ import annotations
@@ -9,32 +9,18 @@ from __future__ import annotations
 import io
 import logging
 import math
-import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
-from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from triptych.errors import WireError
-from triptych.runtime import budget
 from triptych.runtime.segment import Turn
 from triptych.stages.denoising import Denoising
 from triptych.state import State, View
 
 log = logging.getLogger(__name__)
 
-CELLS = 4
-"""Colours a side that are predicted for each position of the latents: they cover 8 to 32 pixels a side each."""
-SAMPLES = 4
-"""Pictures that the map is fitted to."""
-RIDGE = 1e-3
-"""What keeps the map small where the samples say nothing: a share of the latents' mean square."""
-SPREAD = 1.5
-"""How much wider the samples' values are than those of a real hand-over, which has only one picture's colours."""
 LARGEST = 512
 """Pixels of a preview's longer side."""
 
@@ -43,8 +29,11 @@ LARGEST = 512
 class Projection:
     """A linear map from the latents that the decoder is handed to colours from 0 to 1.
 
+    What a position becomes depends on its latents and on their mean over the picture: decoders normalise over all of it
+    and look across it. Without the mean hues go wrong (on the embedded model a red heart turns out brown).
+
     Attributes:
-        weight: (channels + 1, 3 x cells x cells); the last row is added to every position.
+        weight: (2 x channels + 1, 3 x cells x cells): for the latents, for their mean, and what every position gets.
     """
 
     weight: torch.Tensor
@@ -55,11 +44,11 @@ class Projection:
         Raises:
             ValueError: they are not of the form that the map was fitted to.
         """
-        grid = grid_of(latents[:1].float(), aspect)
-        if len(self.weight) != grid.shape[1] + 1:
-            raise ValueError(f"the map takes {len(self.weight) - 1} channels, not {grid.shape[1]}")
+        grid = with_mean(grid_of(latents[:1].float(), aspect)[0])
+        if len(self.weight) != len(grid) + 1:
+            raise ValueError(f"the map takes {len(self.weight) // 2} channels, not {len(grid) // 2}")
         weight = self.weight.to(grid.device)
-        cells = torch.einsum("chw,cd->dhw", grid[0], weight[:-1]) + weight[-1][:, None, None]
+        cells = torch.einsum("chw,cd->dhw", grid, weight[:-1]) + weight[-1][:, None, None]
         return torch.pixel_shuffle(cells, math.isqrt(len(cells) // 3)).clamp(0, 1)
 
 
@@ -151,6 +140,11 @@ def grid_of(latents: torch.Tensor, aspect: float) -> torch.Tensor:
     raise ValueError(f"latents of shape {tuple(latents.shape)} have no known form")
 
 
+def with_mean(grid: torch.Tensor) -> torch.Tensor:
+    """Return (channels, height, width) with each channel's mean beside it: (2 x channels, height, width)."""
+    return torch.cat([grid, grid.mean((1, 2), keepdim=True).expand_as(grid)])
+
+
 def png(colours: torch.Tensor, size: tuple[int | None, int | None]) -> bytes:
     """Return colours (3, height, width) as a PNG file, of the picture's own size where that is not too large."""
     from PIL import Image
@@ -163,98 +157,3 @@ def png(colours: torch.Tensor, size: tuple[int | None, int | None]) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()
-
-
-def fit(sample: State, decode: Callable[[State], None]) -> Generator[None, None, Projection]:
-    """Return the map of a decoder's latents to the mean colours of the pixels that they cover.
-
-    Yields after each picture, so that a decoder can do what it is there for in between.
-
-    Args:
-        sample: a state that was handed to the decoder: its latents tell the form and the statistics of others.
-        decode: runs the decoder's segment, in place.
-
-    Raises:
-        ValueError: the decoder takes no latents of a known form, or makes no pictures.
-    """
-    template = sample.fields.get("latents")
-    if not isinstance(template, torch.Tensor) or not template.is_floating_point():
-        raise ValueError("its decoder is handed no latents")
-    generator = torch.Generator("cpu").manual_seed(0)
-    squares = products = torch.zeros(())
-    for number in range(SAMPLES):
-        latents = similar(template[:1], number / (SAMPLES - 1), generator)
-        state = sample.copy()
-        state.fields.update(latents=latents.to(template), output_type="pt")
-        decode(state)
-        picture = _picture(state.fields)
-        grid = grid_of(latents, picture.shape[2] / picture.shape[1])
-        cells = adaptive_avg_pool2d(picture, (grid.shape[2] * CELLS, grid.shape[3] * CELLS))
-        x, y = grid[0].flatten(1).T.double(), torch.pixel_unshuffle(cells, CELLS).flatten(1).T.double()
-        x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
-        squares, products = squares + x.T @ x, products + x.T @ y
-        yield
-    squares = squares + torch.eye(len(squares)) * RIDGE * squares.diagonal().mean()
-    return Projection(torch.linalg.solve(squares, products).float())
-
-
-def similar(latents: torch.Tensor, rough: float, generator: torch.Generator) -> torch.Tensor:
-    """Return random latents of the same form and means, and somewhat wider; smooth, but for a share that is `rough`."""
-    values = latents.float().cpu().movedim(2 if latents.ndim == 3 else 1, -1)  # channels last
-    flat = values.flatten(0, -2)
-    channels, planes = flat.shape[1], values.shape[1:-1]
-    if len(planes) == 1:
-        planes = grid_of(latents, 1.0).shape[2:]
-    coarse = [max(1, (each + 3) // 4) for each in planes]
-    smooth = torch.randn((1, channels, *coarse), generator=generator)
-    mode = {2: "bilinear", 3: "trilinear"}[len(planes)]
-    smooth = interpolate(smooth, tuple(planes), mode=mode, align_corners=False)
-    drawn = (1 - rough) * smooth + rough * torch.randn((1, channels, *planes), generator=generator)
-    drawn = drawn.flatten(2)[0].T / drawn.std(correction=0).clamp_min(1e-6)
-    drawn = drawn * flat.std(0, correction=0) * SPREAD + flat.mean(0)
-    return drawn.reshape(values.shape).movedim(-1, 2 if latents.ndim == 3 else 1)
-
-
-def _picture(fields: Mapping[str, Any]) -> torch.Tensor:
-    """Return the first output as (3, height, width): of a video the middle frame.
-
-    Raises:
-        ValueError: there is none.
-    """
-    outputs = fields.get("images") if fields.get("images") is not None else fields.get("frames")
-    while isinstance(outputs, (list, tuple)) and outputs:
-        outputs = outputs[0]
-    if not isinstance(outputs, torch.Tensor) or outputs.ndim < 3:
-        raise ValueError("its decoder makes no pictures")
-    while outputs.ndim > 3:
-        outputs = outputs[len(outputs) // 2] if outputs.ndim == 4 and fields.get("images") is None else outputs[0]
-    return outputs[:3].float().cpu()
-
-
-def _path(fingerprint: str) -> Path:
-    return budget.cache_file().parent / "previews" / f"{fingerprint.replace('/', '_')}.safetensors"
-
-
-def recall(fingerprint: str) -> Projection | None:
-    """Return the map that was fitted for a model, if one was."""
-    from triptych import wire
-
-    try:
-        weight = wire.unpack(_path(fingerprint).read_bytes())[0]["weight"]
-    except (OSError, WireError, KeyError):
-        return None
-    return Projection(weight) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
-
-
-def remember(fingerprint: str, projection: Projection) -> None:
-    """Keep a map for the next time; warns where that is not possible."""
-    from triptych import wire
-
-    path = _path(fingerprint)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(wire.pack({"weight": projection.weight}, {}))
-        os.replace(file.name, path)
-    except OSError as error:
-        log.warning("the map of previews cannot be kept in %s (%s): it is fitted again at every start", path, error)

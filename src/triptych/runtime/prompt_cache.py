@@ -30,8 +30,12 @@ class PromptCache:
     misses: int = 0
     _entries: OrderedDict[object, tuple[Any, int]] = field(default_factory=OrderedDict)
 
-    def wrap(self, encode: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `encode` with a memory. Arguments that cannot be compared bypass it."""
+    def wrap(self, encode: Callable[..., Any], scope: Callable[[], object] = tuple) -> Callable[..., Any]:
+        """Return `encode` with a memory. Arguments that cannot be compared bypass it.
+
+        Args:
+            scope: tells what else its results depend on, such as the LoRAs that are on: something hashable.
+        """
         signature = inspect.signature(encode)
 
         def remembering(*args: Any, **kwargs: Any) -> Any:
@@ -39,6 +43,7 @@ class PromptCache:
             key = _key({**bound.arguments})
             if key is None:
                 return encode(*args, **kwargs)
+            key = (scope(), key)
             if key in self._entries:
                 self.hits += 1
                 self._entries.move_to_end(key)
@@ -52,7 +57,7 @@ class PromptCache:
 
     def _keep(self, key: object, encoded: Any) -> None:
         size = _bytes(encoded)
-        if size > self.max_bytes:
+        if size > self.max_bytes or key in self._entries:  # two requests may have asked at the same time
             return
         self._entries[key] = encoded, size
         self.nbytes += size

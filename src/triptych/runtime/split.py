@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from triptych import errors
+from triptych.components.acceleration import parse_acceleration, to_plain
 from triptych.errors import RoleProcessError
 
 if TYPE_CHECKING:
+    from triptych.components.acceleration import AccelerationSpec
     from triptych.components.dtypes import DtypeSpec
     from triptych.runtime.segment import OnStep
     from triptych.state import State
@@ -52,6 +54,7 @@ def run_split(
     dtype: DtypeSpec = "auto",
     revision: str | None = None,
     variant: str | None = None,
+    acceleration: AccelerationSpec = None,
     on_step: OnStep | None = None,
     on_loaded: OnLoaded | None = None,
     show_output: bool = False,
@@ -77,9 +80,10 @@ def run_split(
     common = {
         "source": str(source),
         "device": device,
-        "dtype": _plain_dtype(dtype),
+        "dtype": plain_dtype(dtype),
         "revision": revision,
         "variant": variant,
+        "acceleration": to_plain(parse_acceleration(acceleration)),
         "task": state.task,
         "threads": torch.get_num_threads(),
         "log_level": logging.getLogger("triptych").getEffectiveLevel(),
@@ -171,7 +175,8 @@ def _last_line(file: IO[bytes] | None) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def _plain_dtype(dtype: DtypeSpec) -> object:
+def plain_dtype(dtype: DtypeSpec) -> object:
+    """Return what a dtype was asked for as, of types that JSON has."""
     return {name: str(each) for name, each in dtype.items()} if isinstance(dtype, Mapping) else str(dtype)
 
 
@@ -206,7 +211,7 @@ def _work(job: Mapping[str, Any], channel: _Channel) -> None:
     from triptych.state import State
 
     began = time.perf_counter()
-    names = ("role", "device", "dtype", "revision", "variant")
+    names = ("role", "device", "dtype", "revision", "variant", "acceleration")
     model = load(job["source"], tasks=[job["task"]], **{name: job[name] for name in names})
     channel.tell("loaded", time.perf_counter() - began)
     state = State.from_bytes(Path(job["before"]).read_bytes())

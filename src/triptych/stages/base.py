@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from triptych.components.adapters import Adapters
+from triptych.components.lora import Lora
 from triptych.components.need import Need
 from triptych.errors import UndeclaredError
 from triptych.roles import RoleType
@@ -25,6 +27,9 @@ class Stage(ABC):
         reads: the fields it takes from the state.
         writes: the fields it leaves there. It may read back what it wrote.
         tasks: the tasks it is part of; None for all of the family's.
+        row_wise: the components whose calls requests may share: each row of what they return depends on no other row of
+            what they are given. Only for a stage that draws no random numbers but from its request's generator.
+        adapters: the LoRAs that the process's components hold; None where the family's pipeline has no loader of them.
         helpers: the family's own diffusers pipeline, built with the declared components; for its helper methods.
         device: where tensors belong.
     """
@@ -34,6 +39,8 @@ class Stage(ABC):
     reads: ClassVar[frozenset[str] | set[str]] = frozenset()
     writes: ClassVar[frozenset[str] | set[str]] = frozenset()
     tasks: ClassVar[frozenset[str] | set[str] | None] = None
+    row_wise: ClassVar[frozenset[str] | set[str]] = frozenset()
+    adapters: Adapters | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -54,6 +61,17 @@ class Stage(ABC):
         if isinstance(component, Undeclared):
             raise UndeclaredError(self.name, "component", name)
         return component
+
+    def adapt(self, loras: Sequence[Lora]) -> None:
+        """Let the stage's components compute with these LoRAs, as far as those change them, and with no others."""
+        if self.adapters is not None:
+            self.adapters.use([name for name, need in self.needs.items() if need.weights], loras)
+
+    def adaptation(self) -> tuple[tuple[str, float], ...]:
+        """Return the adapters, and their scales, that the stage's components compute with."""
+        if self.adapters is None:
+            return ()
+        return self.adapters.active([name for name, need in self.needs.items() if need.weights])
 
     @abstractmethod
     def run(self, state: View) -> None:

@@ -6,8 +6,10 @@ from abc import abstractmethod
 from collections.abc import Collection, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from triptych.components.lora import Lora
+from triptych.components.step_cache import Memory, is_cached, remembering
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.state import View
@@ -25,12 +27,16 @@ class Forward:
         branch: the guidance branch (`cond`, `uncond`), which keeps step caches apart.
         inputs: its keyword arguments, the latents first. Tensors have one row per output, lists one entry.
         cache: further arguments of the model's `cache_context`.
+        loras: what the model computes it with; those without the same cannot share it.
+        memory: what step caches remember of the request; None to pass them by.
     """
 
     component: str
     branch: str
     inputs: dict[str, Any]
     cache: dict[str, Any] = field(default_factory=dict)
+    loras: tuple[Lora, ...] = ()
+    memory: Memory | None = None
 
     def rows(self, shared: Collection[str] = ()) -> int:
         """Return how many rows it has: one for each output."""
@@ -50,6 +56,19 @@ class Forward:
         return sum(int(each.numel()) for each in entries)
 
 
+class Spread(Protocol):
+    """Runs a stage's forwards with the help of other processes, each of which holds the same models.
+
+    Attributes:
+        apart: whether every forward is run by itself; else only different guidance branches may not share one.
+    """
+
+    apart: bool
+
+    def __call__(self, stage: Denoising, forwards: Sequence[Forward]) -> list[torch.Tensor]:
+        """Run forwards that do not depend on each other; returns their predictions in order."""
+
+
 class Denoising(Stage):
     """Base of denoising stages: `run` is `begin`, then `model_inputs`, `predict` and `advance` per step, then `finish`.
 
@@ -58,11 +77,13 @@ class Denoising(Stage):
     Attributes:
         shared: inputs that are the same for every row of a batch and are passed once.
         ragged: inputs that `align` brings to one shape.
+        spread: what runs the forwards where other processes help; None where this one is alone.
     """
 
     role = RoleType.DENOISER
     shared: ClassVar[frozenset[str]] = frozenset()
     ragged: ClassVar[frozenset[str]] = frozenset()
+    spread: Spread | None = None
 
     @abstractmethod
     def begin(self, state: View) -> None:
@@ -83,8 +104,12 @@ class Denoising(Stage):
         """Yield each step's forwards and take their predictions: the loop, for whoever runs the model."""
         self.begin(state)
         steps = len(state.timesteps)
+        memory = None if state.exact else Memory()
         for i in range(steps):
-            prediction = yield self.model_inputs(state, i)
+            forwards = self.model_inputs(state, i)
+            for each in forwards:
+                each.memory = memory
+            prediction = yield forwards
             self.advance(state, i, prediction)
             state.report_step(i + 1, steps)
         self.finish(state)
@@ -108,12 +133,13 @@ class Denoising(Stage):
         Args:
             budget: the elements of `Forward.size` that one forward may have; a single one may have more.
         """
-        if exact:
-            return [self.call(each) for each in inputs]
+        if exact or (self.spread is not None and self.spread.apart):
+            return self._compute_all(inputs)
+        groups = self.groups(inputs, budget)
+        joined = self._compute_all([self._joined([inputs[k] for k in group]) for group in groups])
         predictions: dict[int, torch.Tensor] = {}
-        for group in self.groups(inputs, budget):
-            joined = self._call_joined([inputs[k] for k in group])
-            predictions.update(zip(group, joined))
+        for group, prediction in zip(groups, joined):
+            predictions.update(zip(group, self._parted(prediction, [inputs[k] for k in group])))
         return [predictions[k] for k in range(len(inputs))]
 
     def groups(self, inputs: Sequence[Forward], budget: int | None = None) -> list[list[int]]:
@@ -130,9 +156,15 @@ class Denoising(Stage):
         return groups
 
     def can_join(self, one: Forward, other: Forward) -> bool:
-        """Return whether two forwards can be rows of one: the same model, and inputs that fit together."""
+        """Return whether two forwards can be rows of one: the same model, and inputs that fit together.
+
+        Those of a model with a step cache cannot: what the cache leaves out depends on all rows.
+        """
         return (
             one.component == other.component
+            and not is_cached(getattr(self, one.component))
+            and one.loras == other.loras
+            and (self.spread is None or one.branch == other.branch)
             and one.inputs.keys() == other.inputs.keys()
             and all(self.fits(name, value, other.inputs[name]) for name, value in one.inputs.items())
         )
@@ -171,17 +203,33 @@ class Denoising(Stage):
             prediction: torch.Tensor = model(**forward.inputs, return_dict=False)[0]
         return prediction
 
-    def _call_joined(self, inputs: Sequence[Forward]) -> Sequence[torch.Tensor]:
-        """Run forwards as rows of one."""
-        import torch
+    def compute(self, forward: Forward) -> torch.Tensor:
+        """Run one forward in this process, with its LoRAs, and with what its request's step caches remember."""
+        if self.adapters is not None:
+            self.adapters.use((forward.component,), forward.loras)
+        with remembering(getattr(self, forward.component), forward.memory):
+            return self.call(forward)
 
+    def _compute_all(self, forwards: Sequence[Forward]) -> list[torch.Tensor]:
+        """Run forwards, each by itself, here or wherever `spread` says."""
+        return [self.compute(each) for each in forwards] if self.spread is None else self.spread(self, forwards)
+
+    def _joined(self, inputs: Sequence[Forward]) -> Forward:
+        """Return forwards as one that has the rows of all."""
         if len(inputs) == 1:
-            return [self.call(inputs[0])]
-        rows = [each.rows(self.shared) for each in inputs]
+            return inputs[0]
         inputs = self.align(inputs)
         first = inputs[0]
         joined = {name: self.join(name, [each.inputs[name] for each in inputs]) for name in first.inputs}
-        return torch.split(self.call(Forward(first.component, "joined", joined, first.cache)), rows)
+        return Forward(first.component, "joined", joined, first.cache, first.loras)
+
+    def _parted(self, prediction: torch.Tensor, inputs: Sequence[Forward]) -> Sequence[torch.Tensor]:
+        """Return what a joined forward predicts for each that it was made of."""
+        import torch
+
+        if len(inputs) == 1:
+            return [prediction]
+        return torch.split(prediction, [each.rows(self.shared) for each in inputs])
 
     def join(self, name: str, values: list[Any]) -> Any:
         """Join one input of several forwards: rows one after another, or the value they all share."""
