@@ -31,7 +31,7 @@ from triptych import embedded
 from triptych.engine.local import LocalEngine
 from triptych.request import Request
 from triptych.roles import WORKERS, RoleType
-from triptych.runtime.lanes import StepLane
+from triptych.runtime.step_lane import StepLane
 
 RESULTS = Path(__file__).parent / "results" / "batching.json"
 CLIENTS = 16

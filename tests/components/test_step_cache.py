@@ -16,8 +16,9 @@ import triptych
 from triptych.components.acceleration import Acceleration
 from triptych.components.step_cache import Memory, is_cached, remembering
 from triptych.errors import Cancelled, UsageError
-from triptych.runtime.lanes import StepLane, Work
+from triptych.runtime.lanes import Work
 from triptych.runtime.model import Model
+from triptych.runtime.step_lane import StepLane
 from triptych.state import State
 
 ASK: dict[str, Any] = {

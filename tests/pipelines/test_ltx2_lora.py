@@ -15,8 +15,9 @@ from tiny.ltx2 import LORA
 
 import triptych
 from triptych.errors import ParameterError, UsageError
-from triptych.runtime.lanes import StepLane, Work
+from triptych.runtime.lanes import Work
 from triptych.runtime.segment import Turn
+from triptych.runtime.step_lane import StepLane
 from triptych.state import State
 
 from .parity import FORWARD_TOLERANCE, assert_same, differ

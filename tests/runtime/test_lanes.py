@@ -11,8 +11,9 @@ import torch
 
 import triptych
 from triptych.errors import Cancelled, DeadlineExceeded
-from triptych.runtime.lanes import Lane, StepLane, Work
+from triptych.runtime.lanes import Lane, Work
 from triptych.runtime.model import Model
+from triptych.runtime.step_lane import StepLane
 from triptych.state import State
 
 ASK: dict[str, Any] = {

@@ -17,11 +17,12 @@ import triptych
 from triptych import embedded
 from triptych.runtime import palette, preview
 from triptych.runtime.decoder_lane import DecoderLane
-from triptych.runtime.lanes import StepLane, Work
+from triptych.runtime.lanes import Work
 from triptych.runtime.model import Model
 from triptych.runtime.palette import Palette
 from triptych.runtime.preview import Previews, Projection
 from triptych.runtime.segment import finish
+from triptych.runtime.step_lane import StepLane
 from triptych.state import State
 
 ASK: dict[str, Any] = {"prompt": "a dog", "seed": 7, "output_type": "pt", "exact": False}

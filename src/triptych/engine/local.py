@@ -19,10 +19,11 @@ from triptych.engine.router import Policy, Router
 from triptych.errors import UsageError
 from triptych.roles import WORKERS, RoleType, role_name
 from triptych.runtime.decoder_lane import DecoderLane
-from triptych.runtime.lanes import Lane, StepLane, Work
+from triptych.runtime.lanes import Lane, Work
 from triptych.runtime.model import Model, load
 from triptych.runtime.preview import Previews, Projection
 from triptych.runtime.prompt_cache import PromptCache
+from triptych.runtime.step_lane import StepLane
 from triptych.state import State
 
 if TYPE_CHECKING:

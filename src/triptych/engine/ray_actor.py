@@ -139,8 +139,9 @@ class ReplicaActor:
     ) -> tuple[Any, float]:
         import torch
 
-        from triptych.runtime.lanes import StepLane, Work
+        from triptych.runtime.lanes import Work
         from triptych.runtime.preview import Previews, Projection
+        from triptych.runtime.step_lane import StepLane
 
         ended = threading.Event()
         outcomes: list[Any] = []

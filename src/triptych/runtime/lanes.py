@@ -12,22 +12,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from triptych.components.step_cache import is_cached
 from triptych.errors import Cancelled, DeadlineExceeded, TriptychError
-from triptych.runtime import budget
 from triptych.runtime.meeting import KINDS, Meeting
 from triptych.runtime.model import Model
 from triptych.runtime.pace import Appetite
 from triptych.runtime.preview import Previews
-from triptych.runtime.segment import OnStep, Segment, Turn, finish, run_together, running
-from triptych.stages.denoising import Denoising, Forward
+from triptych.runtime.segment import OnStep, finish, run_together
 from triptych.stages.graph import route_of
 from triptych.state import State
 
 log = logging.getLogger(__name__)
-
-AGEING = 0.5
-"""Seconds of predicted work that a second of waiting is worth, so that a long request is not passed for ever."""
 
 
 @dataclass(eq=False)
@@ -285,161 +279,3 @@ class Lane:
             work.done(outcome)
         finally:
             work.settled = True
-
-
-@dataclass(eq=False)
-class _Runner:
-    """A request in its denoising loop."""
-
-    work: Work
-    segment: Segment
-    turn: Turn
-    joined: float = field(default_factory=time.monotonic)
-
-    @property
-    def size(self) -> int:
-        return sum(forward.size for forward in self.turn.forwards)
-
-
-class StepLane(Lane):
-    """A lane whose requests join and leave at every denoising step, and share forwards where they may.
-
-    The request with the least predicted work left goes first, the longer it waited the sooner; others that can be rows
-    of the same forward go with it, up to the budget.
-
-    Attributes:
-        budget: the size (`Forward.size`) beyond which a forward gains nothing from more rows; 0 keeps requests apart.
-            None until it is known: it is measured when the lane is idle for the first time after a request, or recalled
-            from an earlier start. Until then requests are kept apart.
-        forwards: how many forwards were shared by how many requests.
-    """
-
-    def __init__(self, model: Model, name: str, *, threads: int | None = None, budget: int | None = None) -> None:
-        cached = any(is_cached(each) for each in model.components.values())
-        self.budget = 0 if cached else budget  # forwards of a model with a step cache cannot be shared
-        self.forwards: Counter[int] = Counter()
-        self._active: list[_Runner] = []
-        self._seconds_each = 0.0  # predicted seconds of one element of a forward
-        self._sample: tuple[Denoising, Forward] | None = None
-        super().__init__(model, name, threads=threads, rows=0)
-
-    def _loop(self) -> None:
-        while True:
-            if self.budget is None and self._sample is not None and not self._active:
-                self._measure(*self._sample)
-            arrived = self._take(wait=not self._active)
-            if arrived is None:
-                return
-            while arrived:
-                self._join(arrived.popleft())
-            self._dismiss()
-            if self._active:
-                self._step(self._choose())
-
-    def _measure(self, stage: Denoising, sample: Forward) -> None:
-        dtype = next(value.dtype for value in sample.inputs.values() if isinstance(value, torch.Tensor))
-        model = "/".join((self.model.fingerprint, *self.model.accelerated.identity.values()))
-        key = budget.key(model, self.model.device, dtype, torch.get_num_threads())
-        if (known := budget.recall(key)) is not None:
-            with running(stage.name):
-                self.budget, self._sample = budget.rehearse(stage, sample, known), None
-            return
-        with running(stage.name):
-            measured = budget.measure(stage, sample, lambda: bool(self._waiting) or self._closing)
-        if measured is not None:
-            self.budget, self._sample = measured, None
-            budget.remember(key, measured)
-            log.info("%s: forwards gain from sharing up to %d times one request's", self.name, measured // sample.size)
-
-    def _join(self, work: Work) -> None:
-        try:
-            work.check()
-            segment = self.model.segment(work.state, work.report, work.check)
-            runner = _Runner(work, segment, next(segment))
-            self._active.append(runner)
-            if self.budget is None and self._sample is None:
-                self._sample = runner.turn.stage, runner.turn.forwards[0]
-        except StopIteration:  # a segment without a denoising loop
-            self._settle(work, work.state)
-        except Exception as error:  # noqa: BLE001 (it is the request's end, not the lane's)
-            self._settle(work, error)
-
-    def _dismiss(self) -> None:
-        """Let go of the requests that are not to go on, even those whose turn would be far off."""
-        for runner in list(self._active):
-            try:
-                runner.work.check()
-            except TriptychError as error:
-                self._leave(runner, error)
-
-    def _urgency(self, runner: _Runner, now: float) -> float:
-        """Return where a request stands in the queue: the seconds it still needs, less what its waiting is worth."""
-        left = runner.turn.left * runner.size * self._seconds_each
-        late = runner.work.deadline is not None and now + left * 1.2 > runner.work.deadline
-        return -1e9 + left if late else left - AGEING * (now - runner.joined)
-
-    def _choose(self) -> list[_Runner]:
-        """Return the requests of the next forward, the most urgent first."""
-        now = time.monotonic()
-        first, *others = sorted(self._active, key=lambda runner: self._urgency(runner, now))
-        chosen, size = [first], first.size
-        if first.turn.exact or not self.budget:
-            return chosen
-        for other in others:
-            fits = size + other.size <= self.budget
-            if fits and not other.turn.exact and other.turn.stage is first.turn.stage and _can_join(first, other):
-                chosen.append(other)
-                size += other.size
-        return chosen
-
-    def _step(self, chosen: list[_Runner]) -> None:
-        """Run one turn of the chosen requests."""
-        began = time.perf_counter()
-        try:
-            predictions = self._predict(chosen)
-        except Exception as error:  # noqa: BLE001 (a request must not fail because of those beside it)
-            if len(chosen) == 1:
-                self._leave(chosen[0], error)
-            else:
-                log.warning(
-                    "%s: a shared forward failed (%s); its %d requests run apart", self.name, error, len(chosen)
-                )
-                for runner in chosen:
-                    self._step([runner])
-            return
-        seconds, size = time.perf_counter() - began, sum(runner.size for runner in chosen)
-        self.forwards[len(chosen)] += 1
-        self._seconds_each += (seconds / size - self._seconds_each) * (0.2 if self._seconds_each else 1.0)
-        for runner, prediction in zip(chosen, predictions):
-            runner.work.seconds += seconds * runner.size / size
-            self._advance(runner, prediction)
-
-    def _predict(self, chosen: list[_Runner]) -> list[list[torch.Tensor]]:
-        turn = chosen[0].turn
-        forwards = [forward for runner in chosen for forward in runner.turn.forwards]
-        with running(turn.stage.name):
-            flat = iter(turn.stage.predict(forwards, exact=turn.exact, budget=self.budget or None))
-        return [[next(flat) for _ in runner.turn.forwards] for runner in chosen]
-
-    def _advance(self, runner: _Runner, prediction: list[torch.Tensor]) -> None:
-        previews = runner.work.previews
-        show = None if previews is None else previews.prepare(runner.turn, runner.work.state)
-        try:
-            runner.turn = runner.segment.send(prediction)
-            if show is not None:
-                show()
-        except StopIteration:
-            self._leave(runner, runner.work.state)
-        except Exception as error:  # noqa: BLE001 (it is the request's end, not the lane's)
-            self._leave(runner, error)
-
-    def _leave(self, runner: _Runner, outcome: State | Exception) -> None:
-        self._active.remove(runner)
-        runner.segment.close()
-        self._settle(runner.work, outcome)
-
-
-def _can_join(one: _Runner, other: _Runner) -> bool:
-    """Return whether some forwards of two requests can be rows of one."""
-    stage = one.turn.stage
-    return any(stage.can_join(one.turn.forwards[0], forward) for forward in other.turn.forwards)
