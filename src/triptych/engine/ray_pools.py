@@ -120,6 +120,8 @@ class PoolKeeper:
     def _look_after(self, replica: RayReplica, *, keeping: bool) -> None:
         if replica.tickets:
             replica.busy = time.monotonic()
+        if replica.state == "ready" and replica.is_gone():
+            replica.lose(self._router, f"{replica.name} died")
         if replica.asked is None:
             replica.ask()
         elif replica.state == "ready" and time.monotonic() - replica.asked > SILENCE:

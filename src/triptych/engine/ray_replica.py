@@ -6,10 +6,10 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -97,13 +97,25 @@ class RayReplica(Replica):
 
     def kill(self) -> None:
         """End the process at once, even one that is stopped; Ray starts it anew."""
-        if self.told.get("host") == socket.gethostname():
-            try:
+        if self._is_here:
+            with suppress(ProcessLookupError):
                 os.kill(self.told["pid"], signal.SIGKILL)
-                return
+        else:
+            ray.kill(self.actor, no_restart=False)
+
+    def is_gone(self) -> bool:
+        """Return whether its process has ended, where that can be seen from here: sooner than Ray tells."""
+        if self._is_here:
+            try:
+                os.kill(self.told["pid"], 0)
             except ProcessLookupError:
-                return
-        ray.kill(self.actor, no_restart=False)
+                return True
+        return False
+
+    @property
+    def _is_here(self) -> bool:
+        node: str = ray.get_runtime_context().get_node_id()
+        return self.told.get("node") == node
 
     def lose(self, router: Router, reason: str) -> None:
         """Take note that the process has died; its tickets go elsewhere, and Ray starts it anew."""
