@@ -1,7 +1,8 @@
 """What sharing forwards among requests brings, and what it does to the pictures.
 
     python bench/batching.py                                  # the embedded model
-    python bench/batching.py --model PATH --name launch-bound # a model whose forwards are mostly overhead
+    (cd tests && python -m tiny flux2_klein /tmp/klein)       # a model whose forwards are mostly overhead:
+    python bench/batching.py --model /tmp/klein --name launch-bound
 
 16 clients ask for pictures of mixed steps, guidance and prompts, once with forwards shared and once one request at a
 time, on the same lanes. Against them, the gain of a raw forward: one of the budget's rows beside as many of one request.

@@ -1,7 +1,10 @@
 """What splitting costs one request, and what overlapping roles brings many.
 
     python bench/split.py                     # the embedded model
-    python bench/split.py --model PATH --steps 8
+    (cd tests && python -m tiny flux2_klein /tmp/klein)
+    python bench/split.py --model /tmp/klein --name klein
+    python bench/split.py --model /tmp/klein --name encode-bound --param num_inference_steps=1
+    python bench/split.py --name decode-bound --param num_inference_steps=1
 
 Serial: p50 of one request after another, run whole, by `LocalEngine` and by three processes over Ray, in turn, so that
 all see the same machine. Limits: whole + 1 ms, and whole + 12 ms. Whole and `LocalEngine` run the very same weights:
