@@ -79,11 +79,19 @@ def show(described: dict[str, dict[str, Any]]) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    table = Table("pipeline", "task", "makes", "roles", box=box.SIMPLE_HEAD, pad_edge=False)
+    routes = {" > ".join(about["roles"]) for family in described.values() for about in family["tasks"].values()}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("pipeline, and its tasks", no_wrap=True)
+    table.add_column("makes")
+    if len(routes) > 1:
+        table.add_column("roles")
     for name, family in described.items():
-        for row, (task, about) in enumerate(family["tasks"].items()):
-            table.add_row(name if row == 0 else "", task, about["description"], " > ".join(about["roles"]))
+        table.add_row(Text(name, style="bold"))
+        for task, about in family["tasks"].items():
+            table.add_row(f"  {task}", about["description"], *[" > ".join(about["roles"])] * (len(routes) > 1))
     console.print(table)
+    if len(routes) == 1:
+        console.print(f"Every task runs through the roles {routes.pop()}.")
     for name, family in described.items():
         if "parameters" in family:
             table = Table("parameter", "default", "triptych generate", box=box.SIMPLE_HEAD, pad_edge=False)
