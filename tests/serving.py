@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,8 +39,31 @@ def engine() -> Engine:
     return made
 
 
+@cache
+def operations() -> list[tuple[str, re.Pattern[str], set[str]]]:
+    """Method, path and declared statuses of every operation of the schema."""
+    service = Service()
+    paths = create_app(service).openapi()["paths"]
+    service.records.spool.close()
+    patterns = {path: re.compile(re.sub(r"{[^}]*:path}|{[^}/]*}", "[^/]+", path)) for path in paths}
+    return [
+        (method.upper(), patterns[path], set(operation["responses"]))
+        for path, methods in paths.items()
+        for method, operation in methods.items()
+    ]
+
+
+def check_declared(response: httpx.Response) -> None:
+    """Make sure that the schema has the status of an answer; called with every answer that a caller gets."""
+    request, status = response.request, str(response.status_code)
+    for method, path, statuses in operations():
+        if method == request.method and path.fullmatch(request.url.path):
+            assert status in statuses, f"{method} {request.url.path} answers {status}, which is not in its schema"
+            return
+
+
 class Caller(httpx.Client):
-    """A caller of a server that runs in this process.
+    """A caller of a server that runs in this process, and keeps to its schema.
 
     Attributes:
         service: the other side.
@@ -47,7 +71,7 @@ class Caller(httpx.Client):
     """
 
     def __init__(self, service: Service, url: str) -> None:
-        super().__init__(base_url=url, timeout=60.0)
+        super().__init__(base_url=url, timeout=60.0, event_hooks={"response": [check_declared]})
         self.service, self.url = service, url
 
     def submit(self, parameters: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_files_that_no_row_speaks_of_are_swept_away(tmp_path: Path) -> None:
         store.add(job(name), BODY)
         (store.results / name).mkdir()
     store.ended("video_1", "done", outputs=1)
-    store.ended("video_2", "failed", error={"status": 500, "type": "internal", "message": "no"})
+    store.ended("video_2", "failed", error={"status": 500, "code": "internal", "message": "no"})
     (store.results / ".video_9.partial").mkdir()
     (tmp_path / "inputs" / "video_8.json").write_bytes(BODY)
     (tmp_path / "inputs" / ".video_7.json.partial").write_bytes(BODY[:3])
@@ -86,7 +86,7 @@ def test_files_that_no_row_speaks_of_are_swept_away(tmp_path: Path) -> None:
     store = JobStore(tmp_path)
     assert [path.name for path in store.results.iterdir()] == ["video_1"]
     assert [path.name for path in (tmp_path / "inputs").iterdir()] == ["video_3.json"]
-    assert store.all()[1].error == {"status": 500, "type": "internal", "message": "no"}
+    assert store.all()[1].error == {"status": 500, "code": "internal", "message": "no"}
     store.close()
 
 

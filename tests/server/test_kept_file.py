@@ -26,4 +26,4 @@ def test_a_result_that_is_dropped_before_it_is_sent_is_404(
     monkeypatch.setattr(spool, "file", make_and_drop)
     response = caller.get(request["links"]["result"])
     assert response.status_code == 404
-    assert response.json()["error"]["type"] == "not_found"
+    assert response.json()["error"]["code"] == "not_found"

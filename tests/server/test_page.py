@@ -101,7 +101,7 @@ def test_files_are_packed_for_browsers_that_take_them_so(caller: Caller) -> None
 @pytest.mark.parametrize("path", ["nothing.js", "index.html", "..%2fpage.py", "%2e%2e/page.py"])
 def test_nothing_but_the_files_of_the_page_is_sent(caller: Caller, path: str) -> None:
     response = caller.get(f"/page/x/{path}")
-    assert (response.status_code, response.json()["error"]["type"]) == (404, "not_found")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
 
 
 def test_the_document_is_well_formed_and_its_references_lead_somewhere() -> None:
@@ -219,6 +219,7 @@ def test_the_parameters_tell_a_form_its_fields_and_their_defaults(caller: Caller
         "guidance_scale": ("number", 3.0),
         "num_images_per_prompt": ("integer", 1),
         "max_sequence_length": ("integer", 16),
+        "lora": ("loras", None),
         "seed": ("integer", None),
         "exact": ("flag", False),
     }
@@ -256,6 +257,7 @@ def test_parameters_are_told_only_once_the_model_is_loaded() -> None:
         ("sigmas", None, list[float] | None, "list"),
         ("crops_coords_top_left", (0, 0), tuple[int, int], "list"),
         ("image", None, Any, "image"),
+        ("lora", None, None, "loras"),
         ("adain_factor", 0.0, None, "number"),
         ("nothing_known", None, None, None),
     ],

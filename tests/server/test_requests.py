@@ -76,8 +76,8 @@ def test_queued_requests_are_told_how_many_are_before_them(caller: Caller, monke
 @pytest.mark.parametrize(
     ("parameters", "expected"),
     [
-        ({"promt": "a fox"}, {"type": "unknown_parameter", "field": "promt", "close_match": "prompt"}),
-        ({"prompt": "a fox", "height": 17}, {"type": "bad_parameter", "field": "height", "value": 17}),
+        ({"promt": "a fox"}, {"code": "unknown_parameter", "field": "promt", "close_match": "prompt"}),
+        ({"prompt": "a fox", "height": 17}, {"code": "bad_parameter", "field": "height", "value": 17}),
         ({"prompt": 3}, {"field": "prompt", "value": 3, "accepted": "a text is accepted, not int"}),
         ({"prompt": "a fox", "seed": -1}, {"field": "seed", "value": -1}),
         ({"prompt": "a fox", "exact": "yes"}, {"field": "exact", "value": "yes"}),
@@ -154,7 +154,7 @@ def test_serving_is_not_exact_unless_asked_for(caller: Caller, monkeypatch: pyte
 def test_bytes_pictures_and_pixels_are_bounded(serve: Callable[..., Caller]) -> None:
     caller = serve(Limits(body=20_000, images=2, pixels=2 * 64 * 64))
     error = refused(caller, {"parameters": {"prompt": "x" * 30_000}}, 413)
-    assert error["type"] == "too_large"
+    assert error["code"] == "too_large"
     chunks = iter([b'{"parameters": {"prompt": "'] + [b"x" * 1000] * 40)  # of a length that is not announced
     assert caller.post("/v1/requests", content=chunks).status_code == 413
     small = data_url((8, 8))
@@ -165,6 +165,62 @@ def test_bytes_pictures_and_pixels_are_bounded(serve: Callable[..., Caller]) -> 
         "at most 8192 pixels"
         in refused(caller, {"parameters": {**QUICK, "image": [data_url(), data_url((65, 64))]}})["message"]
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/requests", "prompt"),
+        ("/v1/requests", "negative_prompt"),
+        ("/v1/images/generations", "prompt"),
+        ("/v1/images/edits", "prompt"),
+    ],
+)
+def test_a_text_that_is_too_long_is_refused_before_it_is_tokenised(
+    serve: Callable[..., Caller], monkeypatch: pytest.MonkeyPatch, path: str, field: str
+) -> None:
+    monkeypatch.setattr(engine(), "submit", lambda *_, **__: pytest.fail("it got as far as the engine"))
+    caller = serve(Limits(prompt=100))
+    given = {"prompt": "a fox", field: "x" * 101}
+    if path.endswith("edits"):
+        response = caller.post(path, data=given, files={"image": base64.b64decode(data_url().partition(",")[2])})
+    else:
+        response = caller.post(path, json={"parameters": given} if path == "/v1/requests" else given)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, field, "bad_parameter"), error
+    assert error["accepted"] == "a text of at most 100 characters is accepted, and this one has 101"
+    assert len(error["value"]) < 50, "it is not sent back in full"
+
+
+def test_a_text_of_the_greatest_length_is_taken(serve: Callable[..., Caller]) -> None:
+    caller = serve(Limits(prompt=100))
+    assert caller.wait(caller.submit({**QUICK, "prompt": "x " * 50}))["status"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field", "words"),
+    [
+        ({"width": 10_000, "height": 10_000}, "width", "at most 64000000 pixels in all are accepted"),
+        ({"width": 4096, "height": 4096, "num_images_per_prompt": 4}, "width", "num_images_per_prompt=4"),
+        ({"num_images_per_prompt": 17}, "num_images_per_prompt", "at most 16 pictures"),
+        ({"num_images_per_prompt": 1e9}, "num_images_per_prompt", "at most 16 pictures"),
+        ({"max_sequence_length": 10**9}, "max_sequence_length", "at most 4096 tokens"),
+        ({"sigmas": [0.5] * 1001}, "sigmas", "at most 1000 values"),
+    ],
+)
+def test_what_would_be_too_large_to_be_made_is_refused(
+    caller: Caller, parameters: dict[str, Any], field: str, words: str
+) -> None:
+    error = refused(caller, {"parameters": {**QUICK, **parameters}})
+    assert (error["param"], error["code"]) == (field, "bad_parameter")
+    assert words in error["message"]
+
+
+def test_a_request_that_names_no_deadline_has_the_server_s(serve: Callable[..., Caller]) -> None:
+    caller = serve(Limits(deadline=0.5))
+    assert caller.wait(caller.submit(LONG))["error"]["code"] == "deadline_exceeded"
+    response = caller.post("/v1/images/generations", json=LONG)
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
 
 
 def test_a_picture_of_few_bytes_and_many_pixels_is_refused_before_it_is_decoded(caller: Caller) -> None:
@@ -185,7 +241,7 @@ def test_more_requests_than_may_wait_are_429_with_retry_after(caller: Caller, mo
     assert response.status_code == 429
     assert int(response.headers["Retry-After"]) >= 1
     error = response.json()["error"]
-    assert (error["type"], error["waiting"]) == ("overloaded", 1)
+    assert (error["code"], error["waiting"]) == ("overloaded", 1)
     caller.delete(request["links"]["self"])
     caller.wait(caller.submit(QUICK))  # there is room again
 
@@ -196,7 +252,7 @@ def test_a_request_is_cancelled_within_a_step_and_others_are_not(caller: Caller)
     began = time.monotonic()
     response = caller.post(first["links"]["cancel"])
     assert (response.status_code, response.json()["status"]) == (200, "cancelled")
-    assert response.json()["error"]["type"] == "cancelled"
+    assert response.json()["error"]["code"] == "cancelled"
     assert time.monotonic() - began < 5
     assert caller.wait(second)["status"] == "done"
     assert idle()
@@ -215,9 +271,9 @@ def test_a_deleted_request_is_stopped_and_forgotten(caller: Caller) -> None:
 def test_a_request_past_its_deadline_fails_and_says_so(caller: Caller) -> None:
     request = caller.submit(LONG, deadline=0.5)
     failed = caller.wait(request)
-    assert (failed["status"], failed["error"]["type"]) == ("failed", "deadline_exceeded")
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "deadline_exceeded")
     response = caller.get(request["links"]["result"])
-    assert (response.status_code, response.json()["error"]["type"]) == (410, "deadline_exceeded")
+    assert (response.status_code, response.json()["error"]["code"]) == (410, "deadline_exceeded")
 
 
 def test_health_answers_before_the_model_is_there_and_ready_does_not(serve: Callable[..., Caller]) -> None:
@@ -226,7 +282,7 @@ def test_health_answers_before_the_model_is_there_and_ready_does_not(serve: Call
     assert caller.get("/health").status_code == 200
     assert caller.get("/ready").status_code == 503
     error = refused(caller, {"parameters": QUICK}, 503)
-    assert (error["type"], error["message"]) == ("not_ready", "the model is being loaded")
+    assert (error["code"], error["message"]) == ("not_ready", "the model is being loaded")
     assert caller.get("/v1/status").json()["ready"] is False
     caller.service.engine = model
     assert caller.get("/ready").status_code == 200
@@ -263,7 +319,7 @@ def test_the_status_tells_of_replicas_and_of_requests_on_their_way(caller: Calle
 )
 def test_every_error_has_the_same_form(caller: Caller, method: str, path: str, status: int, kind: str) -> None:
     response = caller.request(method, path)
-    assert (response.status_code, response.json()["error"]["type"]) == (status, kind)
+    assert (response.status_code, response.json()["error"]["code"]) == (status, kind)
 
 
 def test_an_error_nobody_expected_is_500_in_the_same_form(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +329,7 @@ def test_an_error_nobody_expected_is_500_in_the_same_form(caller: Caller, monkey
     monkeypatch.setattr(engine(), "submit", fails)
     response = caller.post("/v1/requests", json={"parameters": QUICK})
     error = response.json()["error"]
-    assert (response.status_code, error["type"]) == (500, "internal")
+    assert (response.status_code, error["code"]) == (500, "internal")
     assert "KeyError" in error["message"]
     assert response.headers["connection"] == "close"  # the server drops it: nobody may send the next request into it
 

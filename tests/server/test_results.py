@@ -68,13 +68,13 @@ def test_results_that_are_not_there_are_told_apart(caller: Caller) -> None:
         response = caller.get(link, params=query)
         assert (response.status_code, response.json()["error"]["field"]) == (status, field)
     response = caller.get(link, headers={"Accept": "video/mp4"})
-    assert (response.status_code, response.json()["error"]["type"]) == (406, "not_acceptable")
+    assert (response.status_code, response.json()["error"]["code"]) == (406, "not_acceptable")
     running = caller.submit(LONG)
     response = caller.get(running["links"]["result"])
-    assert (response.status_code, response.json()["error"]["type"]) == (409, "not_done")
+    assert (response.status_code, response.json()["error"]["code"]) == (409, "not_done")
     caller.post(running["links"]["cancel"])
     response = caller.get(running["links"]["result"])
-    assert (response.status_code, response.json()["error"]["type"]) == (410, "cancelled")
+    assert (response.status_code, response.json()["error"]["code"]) == (410, "cancelled")
 
 
 def test_finished_requests_beyond_the_count_are_forgotten_oldest_first(serve: Callable[..., Caller]) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 import httpx
 import pytest
 from filming import Client, serving
+from serving import engine as embedded_engine
 
 import triptych
+from triptych import embedded
 from triptych.engine.base import Engine
 from triptych.server.jobs import JobStore, StoredJob
 from triptych.server.limits import Limits
@@ -103,6 +105,76 @@ def test_nothing_is_lost_by_a_server_that_is_killed(tiny_repo: Any, tmp_path: Pa
     assert (kept[later].status, kept[later].interruptions) == ("queued", 0)
     assert kept[running].interruptions == 1
     store.close()
+
+
+def ended(status: dict[str, Any]) -> bool:
+    return status["status"] in ("done", "failed", "cancelled")
+
+
+def test_no_request_is_lost_by_a_server_that_is_killed(tmp_path: Path) -> None:
+    def post(url: str, deadline: float | None = None, **parameters: Any) -> str:
+        body = {"parameters": {"prompt": "a red heart", "exact": True, **parameters}, "deadline": deadline}
+        response = httpx.post(f"{url}/v1/requests", json=body, timeout=30)
+        assert response.status_code == 202, response.text
+        return f"/v1/requests/{response.json()['id']}"
+
+    model, state, slow = embedded.path(), tmp_path / "state", {"seed": 7, "num_inference_steps": 40}
+    with process(model, state, "--slots", "denoiser=1") as (server, url):
+        finished, late = post(url, num_inference_steps=1), post(url, 0.001, num_inference_steps=900)
+        before = [until(url + each, ended) for each in (finished, late)]
+        picture = httpx.get(f"{url}{finished}/result").content
+        body = {"prompt": "a dog", "num_inference_steps": 1, "response_format": "url", "n": 2}
+        answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=30).json()
+        addresses = [each["url"].removeprefix(url) for each in answer["data"]]
+        pictures = [httpx.get(url + each).content for each in addresses]
+        running = post(url, **slow)
+        queued = [post(url, num_inference_steps=2, num_images_per_prompt=2) for _ in range(2)]
+        removed, cancelled, overdue = post(url), post(url), post(url, 2.0, num_inference_steps=900)
+        assert httpx.delete(url + removed).status_code == 204
+        httpx.post(f"{url}{cancelled}/cancel")
+        until(url + running, lambda status: (status["progress"] or {}).get("step") is not None)
+        server.send_signal(signal.SIGKILL)
+        server.wait()
+    time.sleep(2)  # the deadline of the one that is overdue then
+    with process(model, state, "--drain", "0") as (server, url):
+        after = [httpx.get(url + each).json() for each in (finished, late)]
+        assert after[0].pop("seconds") == pytest.approx(before[0].pop("seconds"), abs=0.01)
+        assert after == before
+        assert before[1]["error"]["code"] == "deadline_exceeded"
+        assert httpx.get(f"{url}{finished}/result").content == picture
+        webp = httpx.get(f"{url}{finished}/result?format=webp")
+        assert (webp.status_code, webp.headers["content-type"]) == (200, "image/webp"), "not fetched so before"
+        assert [httpx.get(url + each).content for each in addresses] == pictures
+        for each in (running, *queued):
+            assert until(url + each, ended)["status"] == "done"
+        assert "died while it ran this" in httpx.get(url + running).text
+        assert httpx.get(f"{url}{queued[0]}/result?index=1").status_code == 200
+        again = post(url, **slow)
+        until(url + again, ended)
+        assert httpx.get(f"{url}{again}/result").content == httpx.get(f"{url}{running}/result").content
+        assert httpx.get(url + removed).status_code == 404
+        assert until(url + cancelled, ended)["status"] == "cancelled"
+        assert until(url + overdue, ended)["error"]["code"] == "deadline_exceeded"
+        assert list((state / "inputs").iterdir()) == []
+        left = post(url, num_inference_steps=900)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+    store = JobStore(state)
+    assert {job.id: (job.status, job.interruptions) for job in store.all()}[left.rpartition("/")[2]] == ("queued", 0)
+    store.close()
+
+
+def test_addresses_of_pictures_expire_even_while_no_server_runs(tmp_path: Path) -> None:
+    body = {"prompt": "a dog", "num_inference_steps": 1, "response_format": "url"}
+    with serving(embedded_engine(), None, JobStore(tmp_path)) as client:
+        answer = httpx.post(f"{client.root}/v1/images/generations", json=body, timeout=30).json()
+        path = answer["data"][0]["url"].removeprefix(client.root)
+    for limits, status in ((None, 200), (Limits(kept_seconds=1.0), 404)):
+        time.sleep(0.6)
+        with serving(embedded_engine(), limits, JobStore(tmp_path)) as client:
+            assert httpx.get(client.root + path).status_code == status
+            held = sum(each.stat().st_size for each in (tmp_path / "results").rglob("*.png"))
+            assert (client.service.records.spool.nbytes, held > 0) == (held, status == 200)
 
 
 @pytest.fixture
@@ -194,7 +266,7 @@ def test_results_of_a_server_before_count_and_go_first(wan: Engine, tmp_path: Pa
 
 
 def test_videos_expire_even_while_no_server_runs(wan: Engine, tmp_path: Path) -> None:
-    limits = Limits(lasting_seconds=0.5)
+    limits = Limits(video_seconds=0.5)
     with serving(wan, limits, JobStore(tmp_path)) as client:
         made = httpx.post(f"{client.root}/v1/videos", json=QUICK).json()["id"]
         video = until(f"{client.root}/v1/videos/{made}", is_done)

@@ -77,8 +77,17 @@ def test_a_term_signal_finishes_what_runs_and_takes_nothing_new(tmp_path: Path) 
     assert level(tmp_path) == set()
 
 
-def test_a_second_signal_stops_at_once_and_readers_learn_of_it(tmp_path: Path) -> None:
-    with process(tmp_path) as started:
+@pytest.mark.parametrize(
+    ("options", "last", "words"),
+    [
+        (["--no-state"], "cancelled", "they are cancelled"),
+        ([], "step", "the next server of this model runs them"),  # the stream breaks off, to be taken up again
+    ],
+)
+def test_a_second_signal_stops_at_once_and_readers_learn_of_it(
+    tmp_path: Path, options: list[str], last: str, words: str
+) -> None:
+    with process(tmp_path, *options) as started:
         with httpx.Client(base_url=ready(started), timeout=30) as caller:
             request = caller.post("/v1/requests", json={"parameters": LONG}).json()
             with caller.stream("GET", request["links"]["events"]) as response:
@@ -88,10 +97,11 @@ def test_a_second_signal_stops_at_once_and_readers_learn_of_it(tmp_path: Path) -
                 time.sleep(0.5)
                 assert started.poll() is None
                 started.send_signal(signal.SIGINT)
-                assert any(line == "event: cancelled" for line in lines)
+                kinds = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
+                assert kinds[-1] == last
         assert started.wait(timeout=20) == 0
         assert started.stderr is not None
-        assert started.stderr.read().splitlines()[1:] == ["warning: 1 requests had not finished: they are cancelled"]
+        assert started.stderr.read().splitlines()[1:] == [f"warning: 1 requests had not finished: {words}"]
     assert level(tmp_path) == set()
 
 

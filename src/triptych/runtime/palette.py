@@ -3,8 +3,8 @@
 Two sources. Random latents, as wide as the first that the decoder was handed, say something of every direction, but
 real pictures are not like them: large even areas, colours at the ends of their range. The pictures that requests lead
 to anyhow are what the map is for, but the first few say nothing of other colours. So the map to random latents is where
-the fit to real ones begins. On the embedded model the mean correlation of the last preview with the picture is 0.82
-after the warm-up, 0.88 with one picture more, 0.93 with seven and 0.95 with fifteen (`bench/previews.py`).
+the fit to real ones begins. On the embedded model the mean correlation of the last preview with the picture is 0.86
+after the warm-up, 0.89 with one picture more, 0.90 with three and 0.95 with fifteen (`bench/previews.py`).
 """
 
 from __future__ import annotations

@@ -18,17 +18,19 @@ from starlette.middleware.cors import CORSMiddleware
 import triptych
 from triptych.errors import ParameterError, TriptychError
 from triptych.server import formats, sse
+from triptych.server.formats import MEDIA_TYPES
 from triptych.server.guard import Access, Guard
 from triptych.server.kept_file import KeptFile
 from triptych.server.openai.images import images_router
 from triptych.server.openai.models import models_router
 from triptych.server.openai.videos import videos_router
+from triptych.server.openapi import completed
 from triptych.server.page import page_router
 from triptych.server.pools import pools_router
 from triptych.server.problems import Problem, Refusal, problem_of
 from triptych.server.records import Record
-from triptych.server.resume import resume
-from triptych.server.schema import ErrorBody, RequestStatus, error_body, status_of
+from triptych.server.resume import restore, resume
+from triptych.server.schema import RequestStatus, error_body, errors, files_of, status_of
 from triptych.server.service import Service
 from triptych.server.submission import Submission
 from triptych.server.telemetry import Telemetry
@@ -45,16 +47,16 @@ _SUBMISSION = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": Submission.model_json_schema()}}}
 }
 
+_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}},
+    204: {"description": "There is nothing more to come: a browser then stops asking."},
+}
 
 _CORS: dict[str, Any] = {
     "allow_methods": ["GET", "POST", "DELETE"],
     "allow_headers": ["*"],
     "expose_headers": ["Location", "Retry-After", "Content-Range", "openai-poll-after-ms"],
 }
-
-
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorBody} for status in statuses}
 
 
 def create_app(service: Service, access: Access | None = None) -> FastAPI:
@@ -72,7 +74,8 @@ def create_app(service: Service, access: Access | None = None) -> FastAPI:
 
         tasks = [asyncio.create_task(trim())]
         if records.store is not None:
-            tasks.append(asyncio.create_task(resume(service, records.store)))
+            waiting = await restore(service, records.store)
+            tasks.append(asyncio.create_task(resume(service, records.store, waiting)))
         yield
         for task in tasks:
             task.cancel()
@@ -86,23 +89,24 @@ def create_app(service: Service, access: Access | None = None) -> FastAPI:
         redoc_url=None,
     )
     _answer_errors(app)
+    app.openapi = completed(app)  # type: ignore[method-assign]
 
-    @app.post("/v1/requests", status_code=202, responses=_errors(400, 413, 429, 503), openapi_extra=_SUBMISSION)
+    @app.post("/v1/requests", status_code=202, responses=errors(400, 429, 507), openapi_extra=_SUBMISSION)
     async def submit(request: Request, response: Response) -> RequestStatus:
         """Take a request on, and answer at once."""
         service.open_engine()  # before the body is read
-        record = await service.submit(await _body(request, limits.body))
+        record = await service.submit(await request.body())
         status = status_of(record, records.position(record))
         response.headers["Location"] = status.links.self
         return status
 
-    @app.get("/v1/requests/{name}", responses=_errors(404))
+    @app.get("/v1/requests/{name}", responses=errors(404))
     async def status(name: str) -> RequestStatus:
         """Tell how a request stands."""
         record = records.get(name)
         return status_of(record, records.position(record))
 
-    @app.get("/v1/requests/{name}/events", response_class=StreamingResponse, responses=_errors(404))
+    @app.get("/v1/requests/{name}/events", response_class=StreamingResponse, responses={**_EVENTS, **errors(404)})
     async def events(name: str, last_event_id: str | None = Header(None)) -> Response:
         """Tell what happens to a request, as it happens, from after `Last-Event-ID` on."""
         record, start = records.get(name), sse.first_unseen(last_event_id)
@@ -114,7 +118,11 @@ def create_app(service: Service, access: Access | None = None) -> FastAPI:
         stream = sse.stream(record, start, limits.keep_alive)
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
-    @app.get("/v1/requests/{name}/result", response_class=FileResponse, responses=_errors(400, 404, 406, 409, 410))
+    @app.get(
+        "/v1/requests/{name}/result",
+        response_class=FileResponse,
+        responses={**files_of(*MEDIA_TYPES), **errors(400, 404, 406, 409, 410)},
+    )
     async def result(
         name: str, index: int = Query(0), format: str | None = Query(None), accept: str | None = Header(None)
     ) -> Response:
@@ -137,19 +145,17 @@ def create_app(service: Service, access: Access | None = None) -> FastAPI:
             path, media_type=wanted.media_type, headers=headers, filename=filename, content_disposition_type="inline"
         )
 
-    @app.post("/v1/requests/{name}/cancel", responses=_errors(404))
+    @app.post("/v1/requests/{name}/cancel", responses=errors(404))
     async def cancel(name: str) -> RequestStatus:
         """Stop a request before its next step; one that has ended stays as it is."""
         record = records.get(name)
         await service.cancel(record)
         return status_of(record, records.position(record))
 
-    @app.delete("/v1/requests/{name}", status_code=204, responses=_errors(404))
+    @app.delete("/v1/requests/{name}", status_code=204, responses=errors(404))
     async def delete(name: str) -> None:
         """Stop a request, and forget it and its result."""
-        record = records.get(name)
-        await service.cancel(record)
-        records.remove(record)
+        await service.forget(records.get(name))
 
     @app.get("/v1/status")
     def snapshot() -> dict[str, Any]:
@@ -161,7 +167,7 @@ def create_app(service: Service, access: Access | None = None) -> FastAPI:
         """Answer as long as the process is alive."""
         return {"status": "alive"}
 
-    @app.get("/ready", responses=_errors(503))
+    @app.get("/ready", responses=errors(503))
     def ready() -> dict[str, str]:
         """Answer 200 when requests can be served."""
         if (reason := service.why_not_ready()) is not None:
@@ -187,25 +193,7 @@ def _check_done(record: Record) -> None:
         raise Refusal(409, "not_done", f"{record.id} is {record.status}: there is no result yet")
     if record.status != "done":
         problem = record.error or Problem(410, record.status, f"{record.id} was {record.status}")
-        raise Refusal(410, problem.type, f"there is no result: {problem.message}")
-
-
-async def _body(request: Request, most: int) -> bytes:
-    """Return a request's body.
-
-    Raises:
-        Refusal: it is longer than `most` bytes.
-    """
-    too_large = Refusal(413, "too_large", f"a request of at most {most} bytes is accepted")
-    announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > most:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
-            raise too_large
-    return bytes(body)
+        raise Refusal(410, problem.code, f"there is no result: {problem.message}")
 
 
 def _answer_errors(app: FastAPI) -> None:
@@ -229,8 +217,8 @@ def _answer_errors(app: FastAPI) -> None:
     async def from_framework(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         words = {404: "not_found", 405: "method_not_allowed"}
-        kind = words.get(error.status_code, "bad_request" if error.status_code < 500 else "internal")
-        return respond(Problem(error.status_code, kind, str(error.detail), headers=error.headers or {}))
+        code = words.get(error.status_code, "bad_request" if error.status_code < 500 else "internal")
+        return respond(Problem(error.status_code, code, str(error.detail), headers=error.headers or {}))
 
     async def bad_query(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

@@ -29,6 +29,8 @@ _VIDEOS = (
 )
 FORMATS = {"images": _IMAGES, "videos": _VIDEOS}
 """By what a model makes; the first is what a caller without a wish gets."""
+MEDIA_TYPES = sorted({each.media_type for several in FORMATS.values() for each in several})
+"""Of all of them."""
 _ALIASES = {"jpg": "jpeg"}
 
 

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from triptych.errors import UsageError
 from triptych.server import keys
 from triptych.server.keys import Key
+from triptych.server.problems import Problem
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ OPEN = frozenset(("/", "/health", "/ready", "/favicon.ico"))
 """Paths without a key: whether the server lives, and the page, which asks its user for one."""
 OPEN_BELOW = ("/page/", "/v1/images/files/")
 """The page's files, and pictures whose URL only the caller who asked for them has been told."""
-_SAFE = ("GET", "HEAD", "OPTIONS")
+SAFE = ("GET", "HEAD", "OPTIONS")
+"""Methods that change nothing, whoever makes a browser send them."""
 _SCOPES: tuple[tuple[str, keys.Scope], ...] = (("/metrics", "metrics"), ("/v1/pools", "all"), ("/v1/replicas", "all"))
 _ORIGIN = re.compile(r"https?://[^/\s@?#]+")
 
@@ -60,9 +62,9 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers, path = Headers(scope=scope), scope["path"]
-        if scope["method"] not in _SAFE and self._foreign(headers):
+        if scope["method"] not in SAFE and self._foreign(headers):
             words = "this server takes no requests from pages of other sites; --cors-origin allows those of one"
-            return refuse(403, words, "foreign_origin", type="permission_error")
+            return refuse(403, words, "foreign_origin")
         if not self.access.keys or path in OPEN or path.startswith(OPEN_BELOW):
             return None
         kind, _, given = headers.get("authorization", "").partition(" ")
@@ -76,7 +78,7 @@ class Guard:
         wanted: keys.Scope = next((needs for start, needs in _SCOPES if path.startswith(start)), "requests")
         if not key.opens(wanted):
             words = f"the API key of {key.name} is for {key.scope}: this needs one for {wanted}"
-            return refuse(403, words, "insufficient_scope", type="permission_error")
+            return refuse(403, words, "insufficient_scope")
         return None
 
     def _foreign(self, headers: Headers) -> bool:
@@ -94,12 +96,9 @@ class Guard:
         return origin is not None and urlsplit(origin).netloc != headers.get("host")
 
 
-def refuse(
-    status: int, message: str, code: str, *, type: str = "invalid_request_error", **headers: str
-) -> JSONResponse:
-    """Return a refusal in OpenAI's form."""
-    error = {"message": message, "type": type, "param": None, "code": code}
-    return JSONResponse({"error": error}, status, headers=headers)
+def refuse(status: int, message: str, code: str, **headers: str) -> JSONResponse:
+    """Return a refusal in the form that every error has."""
+    return JSONResponse({"error": Problem(status, code, message).body()}, status, headers=headers)
 
 
 def check_exposure(host: str, access: Access, *, encrypted: bool, insecure: bool) -> None:

@@ -3,6 +3,10 @@
 SQLite says what there is and how it stands; what a request was given lies beside it as the JSON that was submitted, its
 pictures included, and what came of it under `results`. A file is complete before the row that speaks of it is written,
 so whatever moment the process dies in, the folder can be read.
+
+Videos, minutes of work each, outlive the machine's end too: their acceptance and their end wait for the disk. That would
+take a picture's request some 20 ms, a twentieth of a small one: theirs are left to the system to write, which it does
+however the process ends.
 """
 
 from __future__ import annotations
@@ -66,7 +70,7 @@ class StoredJob:
         ended: seconds since the epoch.
         outputs: how many results there are.
         timings: seconds of each stage.
-        error: why there is no result: `status`, `type`, `message` and `details` of a problem.
+        error: why there is no result: `status`, `code`, `message` and `details` of a problem.
     """
 
     id: str
@@ -81,6 +85,11 @@ class StoredJob:
     outputs: int = 0
     timings: Mapping[str, float] = field(default_factory=dict)
     error: Mapping[str, Any] | None = None
+
+    @property
+    def precious(self) -> bool:
+        """Whether it is to outlive the machine's end, not only the process's."""
+        return self.makes == "videos"
 
 
 class JobStore:
@@ -105,6 +114,7 @@ class JobStore:
             raise UsageError(f"--state-dir {folder}: {error.strerror or error}") from None
         self._lock = threading.Lock()
         self._open = True
+        self._submitted: dict[str, int] = {}  # bytes of each submission that is kept
         try:
             self._database = self._connect()
         except BaseException:
@@ -118,7 +128,6 @@ class JobStore:
             database = sqlite3.connect(path, check_same_thread=False)
             database.row_factory = sqlite3.Row
             database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = FULL")
             version = database.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
                 with database:
@@ -137,25 +146,32 @@ class JobStore:
         for path in self._inputs.iterdir():
             if path.stem not in jobs or jobs[path.stem].ended is not None:
                 path.unlink(missing_ok=True)
+            else:
+                self._submitted[path.stem] = path.stat().st_size
         for path in self.results.iterdir():
             if path.name not in jobs or jobs[path.name].status != "done":
                 shutil.rmtree(path, ignore_errors=True)
 
-    def add(self, job: StoredJob, submission: bytes) -> None:
-        """Keep a job that has just been accepted, and what was submitted.
+    def add(self, job: StoredJob, submission: bytes | None) -> None:
+        """Keep a job that has just been accepted, and what was submitted; or one that has ended, and nothing of that.
 
         Raises:
             OSError, sqlite3.Error: the disk is full.
         """
-        path = self._input(job.id)
-        write_atomically(path, submission)
-        with self._lock:
-            if self._open:
-                with self._database:
-                    self._database.execute(
-                        "INSERT INTO jobs (id, model, makes, seed, created, told, status) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                        (job.id, job.model, job.makes, str(job.seed), job.created, json.dumps(job.told), job.status),
-                    )
+        values = (job.id, job.model, job.makes, str(job.seed), job.created, json.dumps(job.told), job.status)
+        try:
+            if submission is not None:
+                self._submitted[job.id] = len(submission)
+                write_atomically(self._input(job.id), submission, to_disk=job.precious)
+            self._write(
+                "INSERT INTO jobs (id, model, makes, seed, created, told, status, ended, outputs, timings) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                *(*values, job.ended, job.outputs, json.dumps(dict(job.timings))),
+                to_disk=job.precious,
+            )
+        except BaseException:
+            self._drop_input(job.id)
+            raise
 
     def submission(self, name: str) -> bytes:
         """Return what was submitted.
@@ -167,7 +183,7 @@ class JobStore:
 
     def submitted_bytes(self) -> int:
         """Return how much is kept of jobs that have not ended."""
-        return sum(path.stat().st_size for path in self._inputs.glob("*.json"))
+        return sum(list(self._submitted.values()))
 
     def started(self, name: str) -> None:
         """Note that a job runs."""
@@ -181,26 +197,28 @@ class JobStore:
         outputs: int = 0,
         timings: Mapping[str, float] | None = None,
         error: Mapping[str, Any] | None = None,
+        when: float | None = None,
+        precious: bool = True,
     ) -> None:
         """Note how a job ended, unless that was noted before; its result, if there is one, must be on disk already."""
         told = None if error is None else json.dumps(error, default=str)
         self._write(
             "UPDATE jobs SET status = ?, ended = ?, outputs = ?, timings = ?, error = ? WHERE id = ? AND ended IS NULL",
-            *(status, time.time(), outputs, json.dumps(dict(timings or {})), told, name),
+            *(status, when or time.time(), outputs, json.dumps(dict(timings or {})), told, name),
+            to_disk=precious,
         )
-        if self._open:
-            self._input(name).unlink(missing_ok=True)
+        self._drop_input(name)
 
     def interrupted(self, name: str) -> int:
         """Note that the process died while a job ran; returns how often that has happened. It is queued again."""
-        self._write("UPDATE jobs SET status = 'queued', interruptions = interruptions + 1 WHERE id = ?", name)
+        statement = "UPDATE jobs SET status = 'queued', interruptions = interruptions + 1 WHERE id = ?"
+        self._write(statement, name, to_disk=True)
         return next((job.interruptions for job in self.all() if job.id == name), 0)
 
     def forget(self, name: str) -> None:
         """Remove a job, whatever its status; its result is removed by the spool."""
         self._write("DELETE FROM jobs WHERE id = ?", name)
-        if self._open:
-            self._input(name).unlink(missing_ok=True)
+        self._drop_input(name)
 
     def all(self) -> list[StoredJob]:
         """Return all jobs in the order of their arrival."""
@@ -210,18 +228,30 @@ class JobStore:
 
     def close(self) -> None:
         """Leave everything to the next process: jobs that run are queued, and what happens from now on is not noted."""
-        self._write("UPDATE jobs SET status = 'queued' WHERE status = 'running'")
+        self._write("UPDATE jobs SET status = 'queued' WHERE status = 'running'", to_disk=True)
         with self._lock:
             if self._open:
                 self._open = False
                 self._database.close()
                 self._owner.close()
 
-    def _write(self, statement: str, *values: object) -> None:
+    @property
+    def closed(self) -> bool:
+        """Whether what has not ended is left to the next process."""
+        return not self._open
+
+    def _write(self, statement: str, *values: object, to_disk: bool = False) -> None:
+        """Change the table; returns once the change survives the process, or with `to_disk` the machine."""
         with self._lock:
             if self._open:
+                self._database.execute(f"PRAGMA synchronous = {'FULL' if to_disk else 'NORMAL'}")
                 with self._database:
                     self._database.execute(statement, values)
+
+    def _drop_input(self, name: str) -> None:
+        if self._open:
+            self._submitted.pop(name, None)
+            self._input(name).unlink(missing_ok=True)
 
     def _input(self, name: str) -> Path:
         return self._inputs / f"{name}.json"
@@ -261,18 +291,21 @@ class FolderTakenError(UsageError):
     """Another server uses the folder."""
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there in full or not at all, even after a power failure."""
+def write_atomically(path: Path, data: bytes, *, to_disk: bool = True) -> None:
+    """Write a file so that it is there in full or not at all, with `to_disk` even after a power failure."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if to_disk:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+    if not to_disk:
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -10,32 +11,37 @@ class Limits:
     """Bounds of a server; none can be passed by a request.
 
     Attributes:
-        body: bytes of a request's JSON, images included.
-        images: pictures of one request.
-        pixels: of all pictures of one request together.
-        video_pixels: of all frames of one video together.
-        deadline: seconds that a request may ask for.
+        body: bytes of a request's body, images included.
+        prompt: characters of one text.
+        tokens: of a prompt that a request may have a text encoder see (`max_sequence_length`).
+        images: pictures that one request may carry, and outputs that it may ask for.
+        pixels: of all pictures of one request together, and of all that it asks for.
+        video_pixels: of all frames that one request asks for.
+        deadline: seconds that a request may ask for, and those of one that asks for nothing.
         kept: finished requests that are remembered.
         kept_seconds: how long each of them is.
-        lasting_seconds: how long those are that outlive the server's process.
+        video_seconds: how long videos are that outlive the server's process.
         kept_bytes: of results on disk; the oldest go first.
         keep_alive: seconds of silence on a stream of events before a comment is sent.
-        steps: denoising steps that a request may ask for: as many events are kept of it.
+        steps: denoising steps that a request may ask for, and values of a list: as many events are kept of it.
         kept_events: of all finished requests together; the oldest requests go first.
         uploads: bodies of more than 64 KiB that may be on their way at a time.
         upload_seconds: how long a body may take.
         upload_silence: how long it may pause.
+        lora_folders: in which requests may name LoRAs, beside the model's own folder.
         linger: seconds that a result which nobody has fetched holds a server back that is to stop.
     """
 
     body: int = 64 * 2**20
+    prompt: int = 32_000
+    tokens: int = 4096
     images: int = 16
     pixels: int = 64_000_000
     video_pixels: int = 2_000_000_000
     deadline: float = 24 * 3600
     kept: int = 1000
     kept_seconds: float = 3600
-    lasting_seconds: float = 24 * 3600
+    video_seconds: float = 24 * 3600
     kept_bytes: int = 4 * 2**30
     keep_alive: float = 15
     steps: int = 1000
@@ -44,3 +50,4 @@ class Limits:
     upload_seconds: float = 120
     upload_silence: float = 20
     linger: float = 5
+    lora_folders: tuple[Path, ...] = ()

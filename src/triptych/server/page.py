@@ -13,7 +13,7 @@ from fastapi import APIRouter, Header, Response
 
 from triptych.server.parameters import FamilyParameters, parameters_of
 from triptych.server.problems import Refusal
-from triptych.server.schema import ErrorBody
+from triptych.server.schema import errors
 from triptych.server.service import Service
 
 FOLDER = Path(__file__).parent / "page"
@@ -107,7 +107,7 @@ def page_router(service: Service) -> APIRouter:
         current = f"/{version}/".encode() in files()["index.html"].content
         return found.response(_FOREVER if current else "no-cache", accept_encoding, if_none_match)
 
-    @router.get("/v1/parameters", responses={503: {"model": ErrorBody}})
+    @router.get("/v1/parameters", responses=errors(503))
     async def parameters() -> FamilyParameters:
         """Tell what a request may carry, with the loaded model's defaults."""
         return await to_thread.run_sync(parameters_of, service.open_engine(), service.limits)

@@ -14,7 +14,7 @@ from triptych.server.limits import Limits
 from triptych.server.submission import PICTURE, TENSOR
 from triptych.stages.graph import makes
 
-Kind = Literal["text", "integer", "number", "flag", "list", "image", "images"]
+Kind = Literal["text", "integer", "number", "flag", "list", "image", "images", "loras"]
 
 _KINDS: tuple[tuple[type, Kind], ...] = ((bool, "flag"), (str, "text"), (int, "integer"), (float, "number"))
 _OWN = {"seed": int, "exact": bool}
@@ -26,7 +26,10 @@ class Parameter(BaseModel):
     """One parameter of a request."""
 
     name: str
-    kind: Kind = Field(description="`image` takes one picture, `images` one or several; `list` a list of numbers.")
+    kind: Kind = Field(
+        description="`image` takes one picture, `images` one or several; `list` a list of numbers; `loras` a list of "
+        "`{path, scale}`."
+    )
     default: Any = Field(description="What holds where none is given; null where the model settles it.")
 
 
@@ -64,6 +67,8 @@ def parameters_of(engine: Engine, limits: Limits) -> FamilyParameters:
 
 def kind_of(name: str, default: object, annotations: Mapping[str, Any]) -> Kind | None:
     """Return the kind of a parameter, from its annotation, else from its default; None where neither tells."""
+    if name == "lora":
+        return "loras"
     possible = _types(annotations.get(name, _OWN.get(name)))
     if PICTURE.search(name):
         return "images" if list in possible else "image"

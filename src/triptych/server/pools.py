@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
-from triptych.server.schema import ErrorBody
+from triptych.server.schema import errors
 from triptych.server.service import Service
 
 MOST = 1024
@@ -30,7 +30,7 @@ class Replicas(BaseModel):
 
 def pools_router(service: Service) -> APIRouter:
     """Return the routes that change pools."""
-    router = APIRouter(responses={status: {"model": ErrorBody} for status in (400, 503)})
+    router = APIRouter(responses=errors(400, 503))
 
     @router.post("/v1/pools/{pool}", status_code=202)
     def scale(pool: str, size: Size) -> Replicas:

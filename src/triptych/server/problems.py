@@ -26,6 +26,8 @@ _LONGEST_MESSAGE = 4000
 _LONGEST_WAIT = 600.0
 """Seconds."""
 
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+"""OpenAI's words for statuses that have one of their own."""
 _STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
     (UnknownParameterError, 400, "unknown_parameter"),
     (ParameterError, 400, "bad_parameter"),
@@ -40,55 +42,60 @@ _STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
 
 @dataclass(frozen=True)
 class Problem:
-    """An error as a caller sees it: `{"error": {"type": ..., "message": ..., ...}}`.
-
-    `param` and `code` are there as well: OpenAI's clients read those.
+    """An error as a caller sees it: `{"error": {"message": ..., "type": ..., "param": ..., "code": ..., ...}}`.
 
     Attributes:
         status: of the HTTP response.
-        type: a word for programs.
+        code: what exactly went wrong, as a word for programs.
         message: a line for people.
         details: the error's own fields: `field`, `value`, `accepted`, `close_match`, ...
         headers: of the HTTP response.
     """
 
     status: int
-    type: str
+    code: str
     message: str
     details: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def type(self) -> str:
+        """Whose turn it is now, in OpenAI's words: the caller's (`invalid_request_error`, ...) or `server_error`."""
+        return _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
     def body(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return {
-            "type": self.type,
-            "message": self.message,
-            "param": self.details.get("field"),
-            "code": self.type,
-            **self.details,
-        }
+        told = {"message": self.message, "type": self.type, "param": self.details.get("field"), "code": self.code}
+        return {**told, **self.details}
 
 
 class Refusal(Exception):
     """Raised where a handler answers with a problem that only HTTP knows."""
 
-    def __init__(self, status: int, type: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.problem = Problem(status, type, message, headers=headers or {})
+        self.problem = Problem(status, code, message, headers=headers or {})
+
+    @classmethod
+    def of(cls, problem: Problem) -> Refusal:
+        """Return the refusal that answers with a problem."""
+        refusal = cls(problem.status, problem.code, problem.message)
+        refusal.problem = problem
+        return refusal
 
 
 def problem_of(error: Exception) -> Problem:
     """Return the problem that an error is to a caller."""
     if isinstance(error, Refusal):
         return error.problem
-    status, kind = next(((s, k) for cls, s, k in _STATUSES if isinstance(error, cls)), (500, "internal"))
+    status, code = next(((s, c) for cls, s, c in _STATUSES if isinstance(error, cls)), (500, "internal"))
     message = str(error) if isinstance(error, TriptychError) else f"unexpected {type(error).__name__}: {error}"
     headers = {}
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(math.ceil(_wait(error)))
     if len(message) > _LONGEST_MESSAGE:  # it may repeat what was sent
         message = f"{message[:_LONGEST_MESSAGE]}..."
-    return Problem(status, kind, message, _details(error), headers)
+    return Problem(status, code, message, _details(error), headers)
 
 
 def _details(error: Exception) -> dict[str, Any]:

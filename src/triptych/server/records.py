@@ -41,6 +41,7 @@ class Record:
         fetched: whether a result was asked for.
         told: what the interface that took it on remembers of it; `object` is `video` for a video of `/v1/videos`.
         lasting: whether the job store has it too.
+        left: whether it is left to the next server, which will run it again: this one tells no more of it.
         keep: what is done with the result, in a thread, instead of keeping it on disk for whoever asks.
     """
 
@@ -59,6 +60,7 @@ class Record:
     fetched: bool = False
     told: Mapping[str, Any] = field(default_factory=dict)
     lasting: bool = False
+    left: bool = False
     keep: Callable[[Result], None] | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -73,12 +75,17 @@ class Record:
             while start < len(self.events):
                 start += 1
                 yield self.events[start - 1]
-            if self.ended is not None:
+            if self.ended is not None or self.left:
                 return
             try:
                 await asyncio.wait_for(changed.wait(), patience)
             except TimeoutError:
                 yield None
+
+    def leave(self) -> None:
+        """Let go of whoever follows, without an end."""
+        self.left = True
+        self._changed.set()
 
     def publish(self, event: Event) -> None:
         """Add an event, and wake whoever follows."""
@@ -133,7 +140,8 @@ class Records:
 
     def lifetime(self, record: Record) -> float:
         """Return how many seconds a record is kept after its end, at most."""
-        return self.limits.lasting_seconds if record.lasting else self.limits.kept_seconds
+        lasts = record.lasting and record.makes == "videos"
+        return self.limits.video_seconds if lasts else self.limits.kept_seconds
 
     def add(self, record: Record) -> None:
         """Remember a record."""
@@ -190,8 +198,7 @@ class Records:
         """Return whether a request has not ended, or has, a moment ago, and nobody has fetched its result yet."""
         recent = time.monotonic() - self.limits.linger
         return any(
-            record.ended is None
-            or (record.status == "done" and not record.fetched and not record.lasting and record.ended > recent)
+            record.ended is None or (record.status == "done" and not record.fetched and record.ended > recent)
             for record in list(self._records.values())
         )
 
@@ -199,34 +206,39 @@ class Records:
 
     def _receive(self, record: Record, event: Event) -> None:
         job = record.job
+        if event.kind in ENDED and record.lasting and self.store is not None and self.store.closed:
+            record.leave()
+            return
         if event.kind == "done" and job is not None:
             self._start(self._keep(record, job, event))
             return
         if event.kind in ("failed", "cancelled") and job is not None and job.error is not None:
             record.error = problem_of(job.error)
         if record.lasting and event.kind in ("started", "failed", "cancelled"):
-            self._start(self._note(record, event.kind, record.error))
+            self._start(self._note(record, event, record.error))
         record.publish(event)
 
     def give_up(self, record: Record, kind: str, problem: Problem | None = None) -> None:
         """End a record that has no job: `failed` with a problem, or `cancelled`."""
         if record.ended is None:
             record.error = problem or problem_of(Cancelled("the request was cancelled"))
-            if record.lasting:
-                self._start(self._note(record, kind, record.error))
             details = {"reason": record.error.message} if kind == "failed" else {}
-            record.publish(Event(len(record.events), kind, time.time(), details))
+            event = Event(len(record.events), kind, time.time(), details)
+            if record.lasting:
+                self._start(self._note(record, event, record.error))
+            record.publish(event)
 
-    async def _note(self, record: Record, kind: str, problem: Problem | None = None) -> None:
+    async def _note(self, record: Record, event: Event, problem: Problem | None = None) -> None:
         """Have the job store know."""
         if self.store is None:
             return
-        if kind == "started":
+        if event.kind == "started":
             await to_thread.run_sync(self.store.started, record.id)
             return
         error = None if problem is None else asdict(problem)
-        ended = partial(self.store.ended, record.id, kind, outputs=record.outputs, timings=record.timings, error=error)
-        await to_thread.run_sync(ended)
+        precious = record.makes == "videos"
+        ended = partial(self.store.ended, record.id, event.kind, when=event.time, error=error, precious=precious)
+        await to_thread.run_sync(partial(ended, outputs=record.outputs, timings=record.timings))
 
     async def _keep(self, record: Record, job: Job, event: Event) -> None:
         """Bring a result to the disk, then let its caller know."""
@@ -238,17 +250,18 @@ class Records:
                 result.fps = record.told["fps"]
                 await to_thread.run_sync(partial(self.spool.put_video, record.id, result, lasting=record.lasting))
             else:
-                await to_thread.run_sync(self.spool.put, record.id, result)
+                await to_thread.run_sync(partial(self.spool.put, record.id, result, lasting=record.lasting))
         except Exception as error:  # whatever it is, the caller has to be told
             log.error("%s: its result cannot be kept", record.id, exc_info=error)
             record.error = problem_of(error)
+            event = replace(event, kind="failed", details={"reason": record.error.message})
             if record.lasting:
-                await self._note(record, "failed", record.error)
-            record.publish(replace(event, kind="failed", details={"reason": record.error.message}))
+                await self._note(record, event, record.error)
+            record.publish(event)
             return
         record.outputs, record.timings = result.count, result.timings
         if record.lasting:
-            await self._note(record, "done")
+            await self._note(record, event)
         record.publish(replace(event, details={**event.details, "outputs": result.count}))
         if record.id not in self._records:  # it was removed in the meantime
             self._drop(record)

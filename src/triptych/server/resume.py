@@ -12,7 +12,7 @@ from anyio import to_thread
 
 from triptych.engine.base import Engine
 from triptych.engine.job import Event, Job
-from triptych.errors import OverloadedError
+from triptych.errors import DeadlineExceeded, OverloadedError
 from triptych.server.jobs import JobStore, StoredJob
 from triptych.server.problems import Problem, problem_of
 from triptych.server.records import Record
@@ -31,9 +31,13 @@ _FULL = 1.0
 """Seconds until a request is offered again to an engine that had no room."""
 
 
-async def resume(service: Service, store: JobStore) -> None:
-    """Restore what the store has, and once the engine is there, run what has not ended."""
-    waiting: list[tuple[Record, StoredJob]] = []
+Waiting = list[tuple[Record, StoredJob]]
+"""What has not ended, in the order of its arrival."""
+
+
+async def restore(service: Service, store: JobStore) -> Waiting:
+    """Bring back what the store has, before anybody asks for it; returns what is to be run."""
+    waiting: Waiting = []
     for stored in await to_thread.run_sync(store.all):
         record = restored(stored)
         service.records.add(record)
@@ -45,6 +49,11 @@ async def resume(service: Service, store: JobStore) -> None:
     for record, stored in waiting:
         if stored.status == "running":
             await _count_interruption(service, store, record)
+    return waiting
+
+
+async def resume(service: Service, store: JobStore, waiting: Waiting) -> None:
+    """Once the engine is there, run what has not ended."""
     while waiting and service.engine is None:
         await asyncio.sleep(_LOOK)
     for record, stored in waiting:
@@ -63,13 +72,17 @@ async def _run_again(service: Service, store: JobStore, record: Record, stored: 
     engine, loop = service.engine, asyncio.get_running_loop()
     assert engine is not None
     if stored.model != engine.front.fingerprint:
-        reason = f"it was asked of another model ({stored.told.get('model')}) than the one that is served now"
+        reason = "it was asked of another model than the one that is served now"
         service.records.give_up(record, "failed", Problem(409, "other_model", reason))
 
     def admit(engine: Engine) -> Job:
         submission = parse(store.submission(record.id), service.limits)
-        job = engine.submit(request_of(submission, service.limits))
-        record.job = job
+        submission.parameters["seed"] = stored.seed
+        left = stored.created + (submission.deadline or service.limits.deadline) - time.time()
+        if left <= 0:
+            raise DeadlineExceeded("the request's deadline passed before a server could run it again")
+        request = request_of(submission, service.limits)
+        job = service.run(engine, record, request, left, submission.previews)
         service.records.listen(record, job, loop)
         return job
 
@@ -80,7 +93,8 @@ async def _run_again(service: Service, store: JobStore, record: Record, stored: 
             await asyncio.sleep(_FULL)
             continue
         except Exception as error:  # whatever it is, the caller has to be told
-            log.error("%s cannot be run again", record.id, exc_info=error)
+            if not isinstance(error, DeadlineExceeded):
+                log.error("%s cannot be run again", record.id, exc_info=error)
             service.records.give_up(record, "failed", problem_of(error))
             return
         if record.ended is not None:  # cancelled or removed in the meantime
@@ -104,4 +118,5 @@ def restored(stored: StoredJob) -> Record:
 
 
 def _problem(told: Mapping[str, Any]) -> Problem:
-    return Problem(int(told["status"]), str(told["type"]), str(told["message"]), dict(told.get("details", {})))
+    code = str(told.get("code", "unknown"))
+    return Problem(int(told["status"]), code, str(told["message"]), dict(told.get("details", {})))

@@ -11,20 +11,38 @@ from triptych.server.records import Record
 
 
 class ErrorDetails(BaseModel):
-    """What went wrong; further fields depend on the type."""
+    """What went wrong; further fields depend on the code."""
 
     model_config = ConfigDict(extra="allow")
 
-    type: str = Field(description="A word for programs: bad_parameter, unknown_parameter, overloaded, not_done, ...")
     message: str = Field(description="A line for people.")
+    type: str = Field(
+        description="invalid_request_error, authentication_error, permission_error, rate_limit_error or server_error."
+    )
     param: str | None = Field(None, description="The parameter that is to blame.")
-    code: str | None = Field(None, description="The same as the type.")
+    code: str = Field(description="A word for programs: bad_parameter, unknown_parameter, overloaded, not_done, ...")
 
 
 class ErrorBody(BaseModel):
     """The form of every error."""
 
     error: ErrorDetails
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return what a route says of the statuses with which it refuses, beside those that every route may answer."""
+    return {status: {"model": ErrorBody} for status in statuses}
+
+
+def files_of(*media_types: str) -> dict[int | str, dict[str, Any]]:
+    """Return what a route says that hands over files of these kinds, whole or in part."""
+    content = {each: {"schema": {"type": "string", "format": "binary"}} for each in media_types}
+    return {
+        200: {"content": content},
+        206: {"content": content, "description": "The range asked for."},
+        400: {"model": ErrorBody},
+        416: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "No such range."},
+    }
 
 
 class Progress(BaseModel):

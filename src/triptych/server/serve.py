@@ -50,7 +50,7 @@ def serve(
         build: makes the engine; until it returns, the server is alive and not ready.
         announce: told of the engine and the URL once it is ready.
         patience: seconds that running requests are given at the end.
-        store: keeps videos beyond this process; closed at the end.
+        store: keeps requests and results beyond this process; closed at the end.
         access: who may ask; everybody, where left out.
         tls: what to encrypt with; None for plain HTTP.
 
@@ -74,7 +74,11 @@ def serve(
                 service.draining = True
                 if store is not None:
                     store.close()  # from here on nothing is noted: what has not ended is left to the next server
-                if cancelled := service.cancel_all():
+                kept = sum(record.lasting for record in service.records.unfinished())
+                cancelled = service.cancel_all() - kept
+                if kept:
+                    log.warning("%d requests had not finished: the next server of this model runs them", kept)
+                if cancelled:
                     log.warning("%d requests had not finished: they are cancelled", cancelled)
                 engine.close(timeout=0)
     finally:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import math
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from anyio import to_thread
 
 import triptych
 from triptych.engine.base import Engine
-from triptych.server.jobs import JobStore
+from triptych.engine.job import Job
+from triptych.request import Request
+from triptych.server.jobs import JobStore, StoredJob
 from triptych.server.limits import Limits
 from triptych.server.problems import Refusal
 from triptych.server.records import Record, Records
 from triptych.server.schema import status_of
-from triptych.server.submission import parse, request_of
+from triptych.server.submission import Submission, check_outputs, parse, request_of
 from triptych.stages.graph import makes
 
 _SOON = {"Retry-After": "5"}
@@ -64,21 +71,86 @@ class Service:
         Raises:
             Refusal, UsageError, OverloadedError: it cannot be.
         """
-        loop = asyncio.get_running_loop()
-        engine = self.open_engine()
 
-        def admit() -> Record:
+        def read() -> tuple[Submission, Request]:
             submission = parse(body, self.limits)
-            request = request_of(submission, self.limits)
-            job = engine.submit(request, deadline=submission.deadline, previews=submission.previews)
-            seed, kind = int(str(request.parameters["seed"])), makes(engine.front.family.recipe)
-            record = Record(job.id, job, seed, kind or "images", job.created)
-            self.records.listen(record, job, loop)
-            return record
+            return submission, request_of(submission, self.limits)
 
-        record = await to_thread.run_sync(admit)
-        self.records.add(record)
+        kind = makes(self.open_engine().front.family.recipe) or "images"
+        submission, request = await to_thread.run_sync(read)
+        record = Record(f"req_{secrets.token_hex(12)}", None, 0, kind, time.time())
+        await self.take_on(
+            record, request, submission=lambda: body, deadline=submission.deadline, previews=submission.previews
+        )
         return record
+
+    async def take_on(
+        self,
+        record: Record,
+        request: Request,
+        *,
+        submission: Callable[[], bytes] | None = None,
+        deadline: float | None = None,
+        previews: int = 0,
+    ) -> None:
+        """Have the engine run a request, and its record follow it.
+
+        Args:
+            submission: makes the JSON from which the request could be made again; with it, the request is in the job
+                store, if there is one, before this returns.
+
+        Raises:
+            Refusal, UsageError, OverloadedError: it cannot be taken on.
+        """
+        loop, engine, store = asyncio.get_running_loop(), self.open_engine(), self.records.store
+
+        def admit() -> None:
+            data = None if submission is None or store is None else submission()
+            if store is not None and data and store.submitted_bytes() + len(data) > self.limits.kept_bytes:
+                words = "the requests that wait already fill the space that there is for them"
+                raise Refusal(429, "overloaded", words, {"Retry-After": "30"})
+            job = self.run(engine, record, request, deadline, previews)
+            if store is not None and data is not None:
+                told = (record.id, engine.front.fingerprint, record.makes, record.seed, record.created, record.told)
+                try:
+                    store.add(StoredJob(*told), data)
+                except (OSError, sqlite3.Error) as error:
+                    job.cancel()
+                    raise Refusal(507, "no_space", f"the request cannot be kept: {error}") from error
+                record.lasting = True
+            self.records.listen(record, job, loop)  # from here on the store is told how it goes
+
+        self.records.add(record)
+        try:
+            await to_thread.run_sync(admit)
+        except BaseException:
+            self.records.remove(record)
+            raise
+        if record.ended is not None and record.job is not None:  # cancelled before the engine had it
+            await to_thread.run_sync(record.job.cancel)
+
+    def run(self, engine: Engine, record: Record, request: Request, deadline: float | None, previews: int) -> Job:
+        """Submit a request to an engine, within the limits, as the job of a record.
+
+        Raises:
+            UsageError, OverloadedError: the engine does not take it.
+        """
+        job = engine.submit(
+            request,
+            deadline=self.limits.deadline if deadline is None else deadline,
+            previews=previews,
+            name=record.id,
+            check=partial(check_outputs, limits=self.limits),
+        )
+        record.job, record.seed = job, int(str(request.parameters["seed"]))  # the engine has checked it
+        return job
+
+    async def forget(self, record: Record) -> None:
+        """Stop a request, and forget it and its result; the next server will not know it either."""
+        await self.cancel(record)
+        if record.lasting and self.records.store is not None:
+            await to_thread.run_sync(self.records.store.forget, record.id)  # before the answer says so
+        self.records.remove(record)
 
     async def cancel(self, record: Record) -> None:
         """Stop a request, if it has not ended."""

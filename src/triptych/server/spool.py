@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,7 +44,7 @@ class Spool:
             self._sizes[folder.name] = sum(each.stat().st_size for each in folder.iterdir())
         self.nbytes = sum(self._sizes.values())
 
-    def put(self, name: str, result: Result) -> None:
+    def put(self, name: str, result: Result, *, lasting: bool = False) -> None:
         """Keep a result.
 
         Raises:
@@ -54,40 +55,21 @@ class Spool:
         from triptych import wire
 
         data = wire.pack(vars(result), {})
-        if len(data) > self.quota:
-            raise SpoolError(f"the result of {len(data)} bytes is larger than the {self.quota} kept of all results")
-        folder = self._folder(name)
-        folder.mkdir()
-        try:
+        self._check(len(data))
+        with self._filling(name, lasting=lasting) as folder:
             (folder / _RESULT).write_bytes(data)
-        except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        with self._lock:
-            self._sizes[name] = len(data)
-            self.nbytes += len(data)
 
-    def put_files(self, name: str, suffix: str, files: Sequence[bytes]) -> None:
+    def put_files(self, name: str, suffix: str, files: Sequence[bytes], *, lasting: bool = False) -> None:
         """Keep a result as the files that will be asked for, in this format only.
 
         Raises:
             SpoolError: it is too large.
             OSError: the disk is full.
         """
-        size = sum(map(len, files))
-        if size > self.quota:
-            raise SpoolError(f"the result of {size} bytes is larger than the {self.quota} kept of all results")
-        folder = self._folder(name)
-        folder.mkdir()
-        try:
+        self._check(sum(map(len, files)))
+        with self._filling(name, lasting=lasting) as folder:
             for path, file in zip(numbered(folder / f"output{suffix}", len(files)), files):
                 path.write_bytes(file)
-        except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        with self._lock:
-            self._sizes[name] = size
-            self.nbytes += size
 
     def put_video(self, name: str, result: Result, *, lasting: bool) -> None:
         """Keep a result of one video as the files that are asked for: an MP4 and a small picture of its first frame.
@@ -99,31 +81,44 @@ class Spool:
             UsageError: it is not one video.
             OSError: the disk is full.
         """
+        with self._filling(name, lasting=lasting) as folder:
+            if len(result.save(folder / "output.mp4")) != 1:
+                raise UsageError("one video is kept, not several")
+            _save_thumbnail(result, folder / _THUMBNAIL)
+            for each in folder.iterdir():
+                _to_disk(each)
+        _to_disk(self._folder(name).parent)
+
+    @contextmanager
+    def _filling(self, name: str, *, lasting: bool) -> Iterator[Path]:
+        """Yield a folder for a result's files, which is in its place, and counted, once they are all there.
+
+        Raises:
+            SpoolError: they are too large.
+            OSError: the disk is full.
+        """
         if lasting:
             self._lasting.add(name)
         folder = self._folder(name)
         partial = folder.with_name(f".{name}.partial")
-        for left_behind in (folder, partial):
+        for left_behind in (folder, partial):  # by a process that died, of this very request
             shutil.rmtree(left_behind, ignore_errors=True)
         partial.mkdir()
         try:
-            if len(result.save(partial / "output.mp4")) != 1:
-                raise UsageError("one video is kept, not several")
-            _save_thumbnail(result, partial / _THUMBNAIL)
-            size = 0
-            for each in partial.iterdir():
-                size += each.stat().st_size
-                _to_disk(each)
-            if size > self.quota:
-                raise SpoolError(f"the result of {size} bytes is larger than the {self.quota} kept of all results")
+            yield partial
+            size = sum(each.stat().st_size for each in partial.iterdir())
+            self._check(size)
             os.replace(partial, folder)
-            _to_disk(folder.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         with self._lock:
             self._sizes[name] = size
             self.nbytes += size
+
+    def _check(self, size: int) -> None:
+        if size > self.quota:
+            raise SpoolError(f"the result of {size} bytes is larger than the {self.quota} kept of all results")
 
     def thumbnail(self, name: str) -> Path:
         """Return the small picture of a video.

@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def request_of(submission: Submission, limits: Limits) -> Request:
     """Return the request that a submission asks for, with its pictures opened and its seed settled.
 
     Raises:
-        ParameterError: a value is not of a kind that HTTP carries.
+        ParameterError: a value is not of a kind that HTTP carries, or is more than the limits allow.
     """
     values: dict[str, Any] = {}
     pictures = _Pictures(limits)
@@ -74,18 +75,46 @@ def request_of(submission: Submission, limits: Limits) -> Request:
         elif value is not None and TENSOR.search(name):
             raise ParameterError(name, value, "tensors and videos cannot be sent over HTTP")
         else:
-            _check_plain(name, value, depth=3)
+            for each in value if name == "lora" and isinstance(value, list) else [value]:
+                for plain in each.values() if name == "lora" and isinstance(each, dict) else [each]:
+                    _check_plain(name, plain, limits, depth=3)
             values[name] = value
     if values.get("output_type") == "latent":
         raise ParameterError("output_type", "latent", "one of pil, np, pt is accepted: latents are no file")
-    steps = values.get("num_inference_steps")
-    if isinstance(steps, int) and steps > limits.steps:
-        raise ParameterError("num_inference_steps", steps, f"at most {limits.steps} steps are accepted")
+    for name, most, what in (
+        ("num_inference_steps", limits.steps, "steps"),
+        ("max_sequence_length", limits.tokens, "tokens"),
+        ("num_images_per_prompt", limits.images, "pictures"),
+        ("num_videos_per_prompt", limits.images, "videos"),
+    ):
+        value = values.get(name)
+        if isinstance(value, (int, float)) and value > most:
+            raise ParameterError(name, value, f"at most {most} {what} are accepted")
     if values.get("exact") is None:
         values["exact"] = False
     if values.get("seed") is None:
         values["seed"] = draw_seed()
-    return Request(**values)
+    request = Request(**values)
+    request.lora_folders = limits.lora_folders
+    return request
+
+
+def check_outputs(settled: Mapping[str, Any], limits: Limits) -> None:
+    """Make sure that what a request asks for, its parameters settled by the model, is not too large to be made.
+
+    Raises:
+        ParameterError: it is.
+    """
+    pixels, sizes = 1, []
+    for name in ("width", "height", "num_frames", "layers", "num_images_per_prompt", "num_videos_per_prompt"):
+        if isinstance(count := settled.get(name), int) and count > 0:
+            pixels *= count
+            sizes.append(f"{name}={count}")
+    most = limits.video_pixels if "num_frames" in settled else limits.pixels
+    if settled.get("width") and settled.get("height") and pixels > most:
+        raise ParameterError(
+            "width", settled["width"], f"{', '.join(sizes)}: at most {most} pixels in all are accepted"
+        )
 
 
 class _Pictures:
@@ -127,10 +156,18 @@ class _Pictures:
             raise ParameterError(name, told, f"this picture cannot be read: one of {', '.join(FORMATS)}") from None
 
 
-def _check_plain(name: str, value: JsonValue, depth: int) -> None:
+def _check_plain(name: str, value: JsonValue, limits: Limits, depth: int) -> None:
+    if isinstance(value, str) and len(value) > limits.prompt:
+        told = f"{value[:40]}..."
+        raise ParameterError(
+            name, told, f"a text of at most {limits.prompt} characters is accepted, and this one has {len(value)}"
+        )
     if isinstance(value, list) and depth:
+        if len(value) > limits.steps:
+            told = f"{len(value)} values"
+            raise ParameterError(name, told, f"a list of at most {limits.steps} values is accepted")
         for each in value:
-            _check_plain(name, each, depth - 1)
+            _check_plain(name, each, limits, depth - 1)
     elif isinstance(value, (dict, list)) or (isinstance(value, (int, float)) and not abs(value) < _LARGEST):
         raise ParameterError(name, value, "a text, a number, true, false, null or a list of them is accepted")
 

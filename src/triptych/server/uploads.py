@@ -44,7 +44,7 @@ class Uploads:
         if counts and self.running >= self.limits.uploads:
             words = f"{self.limits.uploads} uploads are running already"
             retry = {"Retry-After": "2", "Connection": "close"}
-            await refuse(503, words, "too_many_uploads", type="too_many_uploads", **retry)(scope, receive, send)
+            await refuse(503, words, "too_many_uploads", **retry)(scope, receive, send)
             return
         upload = _Upload(receive, self.limits, self, counts)
         try:
@@ -100,7 +100,7 @@ class _Upload:
             message = await asyncio.wait_for(self._receive(), max(patience, 0.0))
         except TimeoutError:
             words = f"the body did not come within {self._limits.upload_seconds:g} s, or paused for too long"
-            return self._stop(refuse(408, words, "upload_timeout", type="upload_timeout", Connection="close"))
+            return self._stop(refuse(408, words, "upload_timeout", Connection="close"))
         self._size += len(message.get("body", b""))
         if self._size > self._limits.body:
             return self._stop(_too_large(self._limits))
@@ -117,4 +117,4 @@ class _Upload:
 
 def _too_large(limits: Limits) -> JSONResponse:
     words = f"a request of at most {limits.body} bytes is accepted"
-    return refuse(413, words, "too_large", type="too_large", Connection="close")
+    return refuse(413, words, "too_large", Connection="close")

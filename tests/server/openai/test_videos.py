@@ -146,6 +146,8 @@ def test_seconds_become_frames_that_the_model_takes(
         ({"secnds": "1"}, "secnds", "did you mean 'seconds'?"),
         ({"prompt": None}, "prompt", "it is missing"),
         ({"prompt": ["a", "b"]}, "prompt", "a text is accepted"),
+        ({"prompt": "a" * 32_001}, "prompt", "at most 32000 characters"),
+        ({"negative_prompt": "a" * 32_001}, "negative_prompt", "at most 32000 characters"),
         ({"size": "wide"}, "size", "832x480"),
         ({"size": "50x32"}, "width", "the nearest: 48 or 64"),
         ({"size": SMALL, "width": 48}, "size", "width is given too"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request
@@ -30,27 +30,23 @@ class Fields(dict[str, Any]):
     texts: bool = False
 
 
-async def read_fields(request: Request, most: int, files: int) -> Fields:
-    """Return the fields of a request's body.
+async def read_fields(request: Request, files: int) -> Fields:
+    """Return the fields of a request's body, whose length `Uploads` bounds.
 
     Args:
-        most: bytes of the body that are accepted.
-        files: files that are.
+        files: how many are accepted.
 
     Raises:
-        Refusal: it is too long, or of another kind.
+        Refusal: it is of another kind.
         UsageError: it is not what it says it is.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        return await _form(request, most, files)
+        return await _form(request, files)
     if kind not in ("", "application/json", "application/x-www-form-urlencoded"):  # the last: curl's default
         raise Refusal(415, "unsupported_media_type", f"{kind}: application/json or multipart/form-data is accepted")
-    body = bytearray()
-    async for chunk in _bounded(request, most):
-        body += chunk
     try:
-        value = json.loads(bytes(body))
+        value = json.loads(await request.body())
     except (ValueError, RecursionError) as error:
         raise UsageError(f"the body is no JSON: {error}") from None
     if not isinstance(value, dict):
@@ -58,8 +54,8 @@ async def read_fields(request: Request, most: int, files: int) -> Fields:
     return Fields(value)
 
 
-async def _form(request: Request, most: int, files: int) -> Fields:
-    parser = MultiPartParser(request.headers, _bounded(request, most), max_files=files, max_fields=_FIELDS)
+async def _form(request: Request, files: int) -> Fields:
+    parser = MultiPartParser(request.headers, request.stream(), max_files=files, max_fields=_FIELDS)
     try:
         form = await parser.parse()
     except MultiPartException as error:
@@ -111,19 +107,6 @@ def add_size(given: dict[str, Any], size: object, example: str) -> None:
     if found is None:
         raise ParameterError("size", size, f"auto or WIDTHxHEIGHT is accepted, as in {example}")
     given["width"], given["height"] = int(found[1]), int(found[2])
-
-
-async def _bounded(request: Request, most: int) -> AsyncGenerator[bytes, None]:
-    too_large = Refusal(413, "too_large", f"a request of at most {most} bytes is accepted")
-    announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > most:
-        raise too_large
-    received = 0
-    async for chunk in request.stream():
-        received += len(chunk)
-        if received > most:
-            raise too_large
-        yield chunk
 
 
 def settle_texts(fields: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:

@@ -16,19 +16,20 @@ from fastapi.responses import FileResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from triptych.result import Result
+from triptych.server.formats import FORMATS
+from triptych.server.jobs import StoredJob
 from triptych.server.kept_file import KeptFile
 from triptych.server.openai.form import read_fields
 from triptych.server.openai.image_answer import SUFFIXES, Files, ImagesAnswer, converted, event
 from triptych.server.openai.image_order import OWN, PREVIEWS, QUALITIES, order_of
+from triptych.server.openai.waiting import CLOSED, ended
 from triptych.server.problems import Problem, Refusal
 from triptych.server.records import Record
-from triptych.server.schema import ErrorBody
+from triptych.server.schema import errors, files_of
 from triptych.server.service import Service
 
 FILES = "/v1/images/files"
 """Below which pictures are fetched without a key: their names cannot be guessed."""
-_CLOSED = 499
-"""What nobody reads any more; nginx's word for it."""
 
 _FIELDS: dict[str, Any] = {
     **{name: {"type": {"text": "string", "flag": "boolean"}.get(kind, kind)} for name, kind in OWN.items()},
@@ -52,16 +53,13 @@ _FILE = {"type": "string", "format": "binary"}
 _PICTURES = {"oneOf": [_FILE, {"type": "array", "items": _FILE, "maxItems": 16}]}
 _GENERATION = _body("application/json", ["prompt"])
 _EDIT = _body("multipart/form-data", ["prompt", "image"], image=_PICTURES, mask=_FILE)
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
-
-
-def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorBody} for status in statuses}
+_KINDS = [each.media_type for each in FORMATS["images"]]
+_STREAM: dict[str, Any] = {"text/event-stream": {}}
 
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"model": ImagesAnswer, "content": _STREAM},
-    **_answers(400, 404, 410, 413, 415, 429, 500, 503, 504),
+    **errors(400, 404, 410, 415, 429, 504),
 }
 
 
@@ -79,7 +77,7 @@ def images_router(service: Service) -> APIRouter:
         """Make pictures from a prompt and other pictures."""
         return await _serve(service, request, edit=True)
 
-    @router.get("/files/{name}/{file}", response_class=FileResponse, responses=_answers(404))
+    @router.get("/files/{name}/{file}", response_class=FileResponse, responses={**files_of(*_KINDS), **errors(404)})
     async def fetch(name: str, file: str) -> Response:
         """Hand over a picture that was asked for with `response_format=url`."""
         record = service.records.get(name)
@@ -106,22 +104,19 @@ def images_router(service: Service) -> APIRouter:
 
 async def _serve(service: Service, request: Request, *, edit: bool) -> Response:
     engine, limits = service.open_engine(), service.limits  # before the body is read
-    fields = await read_fields(request, limits.body, limits.images + 1)  # and a mask
+    fields = await read_fields(request, limits.images + 1)  # and a mask
     order = await to_thread.run_sync(partial(order_of, fields, engine, limits, edit=edit))
     files = Files(order)
     record = await _take_on(service, files)
     if order.stream:
         kind = "image_edit" if edit else "image_generation"
         return _Stream(service, record, _events(record, files, kind, limits.keep_alive))
-    if not await _ended(record, request):
-        await service.cancel(record)
-        service.records.remove(record)
-        return Response(status_code=_CLOSED)
+    if not await ended(record, request):
+        await service.forget(record)
+        return Response(status_code=CLOSED)
     record.fetched = not order.links
     if record.status != "done":
-        refusal = Refusal(500, "internal", "")
-        refusal.problem = _problem(record)
-        raise refusal
+        raise Refusal.of(_problem(record))
     count = len(files.data) if order.links else 0
     links = [
         f"{str(request.base_url).rstrip('/')}{FILES}/{record.id}/{k}{SUFFIXES[order.format]}" for k in range(count)
@@ -139,49 +134,22 @@ async def _take_on(service: Service, files: Files) -> Record:
     Raises:
         UsageError, OverloadedError: it does not.
     """
-    loop, records, engine, order = asyncio.get_running_loop(), service.records, service.open_engine(), files.order
+    records, engine, order = service.records, service.open_engine(), files.order
     name, suffix = f"image_{secrets.token_hex(16)}", SUFFIXES[order.format]
+    told = {"object": "image", "suffix": suffix if order.links else None}
 
     def keep(result: Result) -> None:
         files.fill(result)
         if order.links:
-            records.spool.put_files(name, suffix, files.data)
+            records.spool.put_files(name, suffix, files.data, lasting=records.store is not None)
+        if order.links and records.store is not None:  # its caller has gone by the next start, the address has not
+            who = (name, engine.front.fingerprint, "images", record.seed, record.created, told)
+            records.store.add(StoredJob(*who, status="done", ended=time.time(), outputs=len(files.data)), None)
+            record.lasting = True
 
-    told = {"object": "image", "suffix": suffix if order.links else None}
     record = Record(name, None, 0, "images", time.time(), told=told, keep=keep)
-
-    def admit() -> None:
-        record.job = engine.submit(order.request, previews=order.previews)
-        record.seed = int(str(order.request.parameters["seed"]))  # the engine has checked it
-        records.listen(record, record.job, loop)
-
-    records.add(record)
-    try:
-        await to_thread.run_sync(admit)
-    except BaseException:
-        records.remove(record)
-        raise
+    await service.take_on(record, order.request, previews=order.previews)
     return record
-
-
-async def _ended(record: Record, request: Request) -> bool:
-    """Wait for a request's end; returns False where its caller went away before."""
-
-    async def follow() -> None:
-        async for _ in record.follow(0, 60.0):
-            pass
-
-    async def leave() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    end, gone = asyncio.create_task(follow()), asyncio.create_task(leave())
-    try:
-        await asyncio.wait({end, gone}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        end.cancel()
-        gone.cancel()
-    return record.ended is not None
 
 
 async def _events(record: Record, files: Files, kind: str, keep_alive: float) -> AsyncIterator[str]:

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from triptych.server.openai.video_order import check_model
-from triptych.server.schema import ErrorBody
+from triptych.server.schema import errors
 from triptych.server.service import Service
 
 
@@ -39,12 +39,12 @@ def models_router(service: Service) -> APIRouter:
         repository = service.open_engine().front.family.repository
         return ModelObject(id=check_model(asked, repository.name), created=since, family=repository.family)
 
-    @router.get("", responses={503: {"model": ErrorBody}})
+    @router.get("", responses=errors(503))
     async def listed() -> ModelList:
         """List the model that is served."""
         return ModelList(data=[served()])
 
-    @router.get("/{name:path}", responses={404: {"model": ErrorBody}, 503: {"model": ErrorBody}})
+    @router.get("/{name:path}", responses=errors(404, 503))
     async def retrieve(name: str) -> ModelObject:
         """Tell of the model that is served, by its name."""
         return served(name)

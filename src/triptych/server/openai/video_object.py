@@ -82,7 +82,7 @@ def video_of(record: Record, lifetime: float) -> Video:
         created_at=int(record.created),
         completed_at=int(ended) if ended is not None and done else None,
         expires_at=int(ended + lifetime) if ended is not None and done else None,
-        error=None if record.error is None else VideoError(code=record.error.type, message=record.error.message),
+        error=None if record.error is None else VideoError(code=record.error.code, message=record.error.message),
         seed=record.seed,
         **told,
     )

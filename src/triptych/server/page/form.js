@@ -7,7 +7,7 @@ const NAMES = {
   width: "Width", height: "Height", num_inference_steps: "Steps", guidance_scale: "Guidance",
   true_cfg_scale: "Guidance (CFG)", num_frames: "Frames", frame_rate: "Frame rate",
   num_images_per_prompt: "Pictures", num_videos_per_prompt: "Videos", seed: "Seed",
-  negative_prompt: "Without", image: "Picture", last_image: "Last frame",
+  negative_prompt: "Without", image: "Picture", last_image: "Last frame", lora: "LoRAs",
 };
 const FIRST = [
   "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
@@ -46,6 +46,7 @@ export class Form {
     const input = {
       flag: () => make("input", { ...shared, type: "checkbox", checked: value === true }),
       text: () => make("textarea", { ...shared, rows: 1, placeholder: value ?? "" }),
+      loras: () => make("input", { ...shared, placeholder: "style.safetensors:0.8, ...", autocomplete: "off" }),
       list: () => make("input", { ...shared, placeholder: told, autocomplete: "off" }),
       integer: () => make("input", { ...shared, inputmode: "numeric", placeholder: told, autocomplete: "off" }),
       number: () => make("input", { ...shared, inputmode: "decimal", placeholder: told, autocomplete: "off" }),
@@ -77,6 +78,7 @@ export class Form {
       const value = parameters[input.name];
       if (value == null) continue;
       if (input.type === "checkbox") input.checked = value;
+      else if (input.dataset.kind === "loras") input.value = value.map(({ path, scale }) => `${path}:${scale ?? 1}`).join(", ");
       else input.value = Array.isArray(value) ? value.join(", ") : value;
     }
     for (const each of this.pictures) each.set([parameters[each.name] ?? []].flat());
@@ -111,8 +113,15 @@ function valueOf(input) {
   const text = input.value.trim();
   if (text === "") return undefined;
   if (kind === "text") return input.value;
+  if (kind === "loras") return text.split(",").map((each) => each.trim()).filter(Boolean).map(loraOf);
   const numbers = (kind === "list" ? text.split(/[\s,]+/).filter(Boolean) : [text]).map(Number);
   if (numbers.some(Number.isNaN)) throw { field: input.name, message: `${text}: a number is accepted` };
   if (kind === "integer" && !Number.isSafeInteger(numbers[0])) throw { field: input.name, message: `${text}: a whole number is accepted` };
   return kind === "list" ? numbers : numbers[0];
+}
+
+/** The LoRA that `path` or `path:scale` names. */
+function loraOf(text) {
+  const [, path, scale] = text.match(/^(.*?)(?::([-+]?[0-9.]+))?$/s);
+  return { path, scale: scale === undefined ? 1 : Number(scale) };
 }
