@@ -2,7 +2,8 @@
 
     python bench/batching.py                                  # the embedded model
     (cd tests && python -m tiny flux2_klein /tmp/klein)       # a model whose forwards are mostly overhead:
-    python bench/batching.py --model /tmp/klein --name launch-bound
+    python bench/batching.py --model /tmp/klein --name launch-bound --steps 16 24 32 \
+        --param height=64 --param width=64 --param max_sequence_length=32
 
 16 clients ask for pictures of mixed steps, guidance and prompts, once with forwards shared and once one request at a
 time, on the same lanes. Against them, the gain of a raw forward: one of the budget's rows beside as many of one request.
@@ -44,13 +45,14 @@ def main() -> int:
     parser.add_argument("--model", default=str(embedded.path()))
     parser.add_argument("--name", default="embedded", help="under which the figures are kept")
     parser.add_argument("--param", action="append", default=[], help="name=json, of every request")
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 6, 8], help="of the requests, in turn")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     given = {name: json.loads(value) for name, _, value in (each.partition("=") for each in asked.param)}
-    asks = [mixed(number, given) for number in range(asked.requests)]
+    asks = [mixed(number, asked.steps, given) for number in range(asked.requests)]
     threads = dict.fromkeys(WORKERS, 1)
     engine = LocalEngine(
         asked.model, dtype="float32", encoder="cpu", denoiser="cpu", decoder="cpu", threads=threads, warm_up=False
@@ -94,12 +96,12 @@ def main() -> int:
     return 0 if all(figures["checks"].values()) else 1
 
 
-def mixed(number: int, given: dict[str, Any]) -> dict[str, Any]:
+def mixed(number: int, steps: list[int], given: dict[str, Any]) -> dict[str, Any]:
     """Return the parameters of one of the mixed requests."""
     return {
         "prompt": ("a red heart", "a green tree", "a blue car")[number % 3],
         "seed": number,
-        "num_inference_steps": (4, 6, 8)[number % 3],
+        "num_inference_steps": steps[number % len(steps)],
         "guidance_scale": (3.0, 2.0, 4.5)[number // 3 % 3],
         "output_type": "pt",
         "exact": False,

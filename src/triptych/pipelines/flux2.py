@@ -97,7 +97,7 @@ class Flux2Denoising(Denoising):
             hidden = torch.cat([latents, state.image_latents.repeat(rows, 1, 1)], dim=1)
             ids = torch.cat([ids, state.image_latent_ids.repeat(rows, 1, 1)], dim=1)
         inputs = {
-            "hidden_states": hidden.to(self.transformer.dtype),
+            "hidden_states": hidden.to(self.transformer_dtype),
             "timestep": timestep / 1000,
             "img_ids": ids,
             **state.conditioning["inputs"],

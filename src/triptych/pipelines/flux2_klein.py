@@ -119,10 +119,10 @@ class Flux2Denoising(Denoising):
 
         latents, ids = state.latents, state.conditioning["latent_ids"]
         timestep = state.timesteps[i].expand(latents.shape[0]).to(latents.dtype)
-        hidden = latents.to(self.transformer.dtype)
+        hidden = latents.to(self.transformer_dtype)
         if state.image_latents is not None:
             rows = latents.shape[0]
-            hidden = torch.cat([latents, state.image_latents.repeat(rows, 1, 1)], dim=1).to(self.transformer.dtype)
+            hidden = torch.cat([latents, state.image_latents.repeat(rows, 1, 1)], dim=1).to(self.transformer_dtype)
             ids = torch.cat([ids, state.image_latent_ids.repeat(rows, 1, 1)], dim=1)
         common = {"hidden_states": hidden, "timestep": timestep / 1000, "guidance": None, "img_ids": ids}
         return [

@@ -278,7 +278,7 @@ class GlmDenoising(Denoising):
     def model_inputs(self, state: View, i: int) -> list[Forward]:
         latents = state.latents
         common = {
-            "hidden_states": latents.to(self.transformer.dtype),
+            "hidden_states": latents.to(self.transformer_dtype),
             "timestep": state.timesteps[i].expand(latents.shape[0]) - 1,
             **state.conditioning["common"],
         }

@@ -170,7 +170,7 @@ class HeliosDenoising(Denoising):
         copies = state.num_videos_per_prompt
         branches = {"cond": state.prompt_embeds, "uncond": state.negative_prompt_embeds}
         text = {
-            branch: embeds.to(self.transformer.dtype).repeat_interleave(copies, dim=0)
+            branch: embeds.to(self.transformer_dtype).repeat_interleave(copies, dim=0)
             for branch, embeds in branches.items()
             if embeds is not None
         }
@@ -269,7 +269,7 @@ class HeliosDenoising(Denoising):
         if first is None:
             first = short.new_zeros((*short.shape[:2], 1, *short.shape[3:]))
         parts = (long, mid, torch.cat([first, short], dim=2))
-        return {name: part.to(self.transformer.dtype) for name, part in zip(HISTORIES, parts)}
+        return {name: part.to(self.transformer_dtype) for name, part in zip(HISTORIES, parts)}
 
     def start(self, state: View, each: Pass, latents: torch.Tensor | None) -> torch.Tensor:
         """Return the latents that a pass starts from, for the videos of one batch; `latents` come from a level below."""
@@ -293,7 +293,7 @@ class HeliosDenoising(Denoising):
 
     def model_inputs(self, state: View, i: int) -> list[Forward]:
         rows, videos = state.videos_per_batch, len(state.latents)
-        tensors = {"hidden_states": state.latents.to(self.transformer.dtype), **state.conditioning["histories"]}
+        tensors = {"hidden_states": state.latents.to(self.transformer_dtype), **state.conditioning["histories"]}
         common = {"timestep": self.timestep(state, i).expand(rows), **state.conditioning["indices"]}
         return [
             Forward(

@@ -86,7 +86,7 @@ class PyramidDenoising(HeliosDenoising):
         beta = alpha * (1 - signal) / math.sqrt(gamma)
         patch = self.transformer.config.patch_size
         noise = self.helpers.sample_block_noise(*latents.shape, patch, self.device, state.generator)
-        renoised: torch.Tensor = alpha * latents + beta * noise.to(device=self.device, dtype=self.transformer.dtype)
+        renoised: torch.Tensor = alpha * latents + beta * noise.to(device=self.device, dtype=self.transformer_dtype)
         return renoised
 
     def timestep(self, state: View, i: int) -> torch.Tensor:

@@ -119,7 +119,7 @@ class HunyuanDenoising(Denoising):
             height=state.height,
             width=state.width,
             num_frames=state.num_frames,
-            dtype=self.transformer.dtype,
+            dtype=self.transformer_dtype,
             device=self.device,
             generator=state.generator,
             latents=latents,

@@ -75,7 +75,7 @@ class WanDenoising(Denoising):
     def begin(self, state: View) -> None:
         branches = {"cond": state.prompt_embeds, "uncond": state.negative_prompt_embeds}
         state.conditioning = {
-            branch: embeds.to(self.transformer.dtype).repeat_interleave(state.num_videos_per_prompt, dim=0)
+            branch: embeds.to(self.transformer_dtype).repeat_interleave(state.num_videos_per_prompt, dim=0)
             for branch, embeds in branches.items()
             if embeds is not None
         }
@@ -103,7 +103,7 @@ class WanDenoising(Denoising):
         return latents
 
     def model_inputs(self, state: View, i: int) -> list[Forward]:
-        common = {"hidden_states": state.latents.to(self.transformer.dtype), "timestep": self.timestep(state, i)}
+        common = {"hidden_states": state.latents.to(self.transformer_dtype), "timestep": self.timestep(state, i)}
         model = "transformer_2" if self.is_late(state, i) else "transformer"
         cache = {
             "step_index": i,

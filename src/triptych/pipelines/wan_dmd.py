@@ -71,7 +71,7 @@ class DMDDenoising(Denoising):
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         embeds = state.prompt_embeds.repeat_interleave(state.num_videos_per_prompt, dim=0)
-        state.conditioning = {"cond": embeds.to(self.transformer.dtype)}
+        state.conditioning = {"cond": embeds.to(self.transformer_dtype)}
         levels = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS, shift=SHIFT)
         state.timesteps = torch.tensor(state.timesteps, dtype=torch.long, device=self.device)
         # A step has the level of the nearest timestep that the shift leaves.
@@ -108,7 +108,7 @@ class DMDDenoising(Denoising):
 
     def model_inputs(self, state: View, i: int) -> list[Forward]:
         inputs = {
-            "hidden_states": state.latents.to(self.transformer.dtype),
+            "hidden_states": state.latents.to(self.transformer_dtype),
             "timestep": state.timesteps[i].repeat(len(state.latents)),
             "encoder_hidden_states": state.conditioning["cond"],
         }

@@ -131,7 +131,7 @@ class I2VDenoising(WanDenoising):
         images = None if state.image_embeds is None else state.image_embeds.repeat(rows, 1, 1)
         common = {
             "timestep": self.timestep(state, i)[:rows],
-            "encoder_hidden_states_image": images if images is None else images.to(self.transformer.dtype),
+            "encoder_hidden_states_image": images if images is None else images.to(self.transformer_dtype),
         }
         hidden = self.hidden_states(state)
         return [
@@ -157,7 +157,7 @@ class I2VDenoising(WanDenoising):
             if state.first_frame_mask is None
             else self.with_first_frame(state)
         )
-        return joined.to(self.transformer.dtype)
+        return joined.to(self.transformer_dtype)
 
     def with_first_frame(self, state: View) -> torch.Tensor:
         mask = state.first_frame_mask

@@ -118,7 +118,7 @@ class ZImageDenoising(Denoising):
 
     def model_inputs(self, state: View, i: int) -> list[Forward]:
         text = state.conditioning
-        latents = state.latents.to(self.transformer.dtype)
+        latents = state.latents.to(self.transformer_dtype)
         timestep = (1000 - state.timesteps[i].expand(latents.shape[0])) / 1000
         embeds = text["cond"]
         if self.scale(state, i) > 0:

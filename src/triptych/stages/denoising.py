@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from triptych.components.lora import Lora
@@ -84,6 +85,12 @@ class Denoising(Stage):
     shared: ClassVar[frozenset[str]] = frozenset()
     ragged: ClassVar[frozenset[str]] = frozenset()
     spread: Spread | None = None
+
+    @cached_property
+    def transformer_dtype(self) -> torch.dtype:
+        """The transformer's dtype. To ask the module itself is to walk through its parts: felt at every step."""
+        dtype: torch.dtype = self.transformer.dtype
+        return dtype
 
     @abstractmethod
     def begin(self, state: View) -> None:
