@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format docs families-page clean
+.PHONY: help setup demo test test-slow lint format docs families-page api-page clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ docs: $(INSTALLED)-docs ## build the documentation into site/
 
 families-page: $(INSTALLED)-dev ## write docs/families.md anew from the code and docs/published/
 	$(BIN)/python tools/published.py
+
+api-page: $(INSTALLED)-dev ## write docs/api.md anew from the server's schema
+	$(BIN)/python tools/api.py
 
 clean: ## remove the environment and everything generated
 	rm -rf $(VENV) site dist demo.png .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
