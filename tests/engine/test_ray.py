@@ -40,6 +40,7 @@ def engine(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         # Workers import this test's `triptych`, wherever it lies.
         root = str(Path(triptych.__file__).parents[1])
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))))
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # another cluster, which nobody asked for
         with RayEngine(repository, pools="encoder=1,denoiser=2,decoder=1", threads=1) as engine:
             yield engine
 
