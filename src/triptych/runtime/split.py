@@ -104,6 +104,16 @@ def run_split(
 
 
 @contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back for a moment; a process that is started in it is deaf to it, even while it is importing."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _process(
     job: Mapping[str, object], stderr: Path | None
 ) -> Iterator[tuple[subprocess.Popen[str], Callable[[], str]]]:
@@ -115,16 +125,17 @@ def _process(
     with ExitStack() as stack:
         # Not a pipe: one that nobody reads would stall the child.
         sink = None if stderr is None else stack.enter_context(open(stderr, "w+b"))
-        process = stack.enter_context(
-            subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=sink,
-                encoding="utf-8",
-                env=environment,
+        with _without_interrupts():
+            process = stack.enter_context(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=sink,
+                    encoding="utf-8",
+                    env=environment,
+                )
             )
-        )
         # Before Popen's own exit, which waits for no more than a moment after Ctrl-C.
         stack.callback(process.wait)
         stack.callback(process.kill)
@@ -222,7 +233,6 @@ def _work(job: Mapping[str, Any], channel: _Channel) -> None:
 
 def main() -> int:
     """Run one segment of one request, as the parent's job says."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     job = json.loads(sys.argv[1])
     channel = _Channel()
     logger = logging.getLogger("triptych")
