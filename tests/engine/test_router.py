@@ -30,7 +30,7 @@ class Remote(Replica):
         super().__init__(name, frozenset(roles or ROUTE), dict.fromkeys(RoleType, slots))
         self.cancelled: list[Ticket] = []
 
-    def start(self, ticket: Ticket) -> None:
+    def start(self, ticket: Ticket, payload: Any) -> None:
         pass
 
     def cancel(self, ticket: Ticket) -> None:
@@ -295,12 +295,10 @@ class Promising(Remote):
         super().__init__(name, *roles)
         self.followed: list[tuple[Ticket, Any]] = []
 
-    def start(self, ticket: Ticket) -> None:
+    def start(self, ticket: Ticket, payload: Any) -> None:
+        if isinstance(payload, str):
+            self.followed.append((ticket, payload))
         ticket.promise = f"{self.name}'s"
-
-    def follow(self, ticket: Ticket, promise: Any) -> None:
-        self.followed.append((ticket, promise))
-        self.start(ticket)
 
 
 def promising() -> tuple[Router, Promising, Promising, Promising]:

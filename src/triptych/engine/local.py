@@ -74,8 +74,8 @@ class LanesReplica(Replica):
             else:
                 self.lanes[role] = Lane(model, f"{name}/{role.value}", threads=many, exclusive=lock, rows=rows)
 
-    def start(self, ticket: Ticket) -> None:
-        state: State = ticket.handover.payload.copy()
+    def start(self, ticket: Ticket, payload: State) -> None:
+        state = payload.copy()
 
         def done(outcome: State | Exception) -> None:
             work = self._works.pop(ticket)

@@ -50,17 +50,14 @@ class RayReplica(Replica):
         self._later = later
         self._names: dict[Ticket, str] = {}
 
-    def start(self, ticket: Ticket) -> None:
-        self.follow(ticket, ticket.handover.payload)
-
-    def follow(self, ticket: Ticket, promise: Any) -> None:
+    def start(self, ticket: Ticket, payload: Any) -> None:
         name = self._names[ticket] = f"{ticket.job.id}-{secrets.token_hex(4)}"
         left = None if ticket.job.deadline is None else ticket.job.deadline - time.monotonic()
         previews = None
         if ticket.job.previews is not None and ticket.role is RoleType.DENOISER:
             count, projection = ticket.job.previews
             previews = count, projection.weight.numpy()
-        outcome, data = self.actor.run.options(num_returns=2).remote(name, promise, left, previews)
+        outcome, data = self.actor.run.options(num_returns=2).remote(name, payload, left, previews)
         ticket.promise = data
         self._when_there(outcome, "finished", ticket, data)
 

@@ -100,12 +100,12 @@ class Replica(ABC):
     tickets: list[Ticket] = field(default_factory=list, init=False)
 
     @abstractmethod
-    def start(self, ticket: Ticket) -> None:
-        """Begin a ticket's segment; returns at once. `ticket.done` is called later, from any thread."""
+    def start(self, ticket: Ticket, payload: Any) -> None:
+        """Begin a ticket's segment; returns at once. `ticket.done` is called later, from any thread.
 
-    def follow(self, ticket: Ticket, promise: Any) -> None:
-        """Begin a ticket's segment when what another replica has promised is there; as `start` otherwise."""
-        raise NotImplementedError(f"{type(self).__name__} makes and takes no promises")
+        Args:
+            payload: what it starts from: the hand-over's, or what another replica promised to leave (`Ticket.promise`).
+        """
 
     @abstractmethod
     def cancel(self, ticket: Ticket) -> None:

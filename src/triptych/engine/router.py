@@ -180,7 +180,7 @@ class Router:
             self._waiting.remove(ticket)
             replica.tickets.append(ticket)
             self._note_start(ticket, replica)
-            replica.start(ticket)
+            replica.start(ticket, ticket.handover.payload)
             self._look_ahead(ticket)
 
     def _note_start(self, ticket: Ticket, replica: Replica) -> None:
@@ -203,7 +203,7 @@ class Router:
         ahead = Ticket(job, role, promised, work, self.costs.predict(role, work), False, self._done, replica)
         ahead.after, ticket.ahead = ticket, ahead
         replica.tickets.append(ahead)
-        replica.follow(ahead, ticket.promise)
+        replica.start(ahead, ticket.promise)
 
     def _catch_up(self, ahead: Ticket, handover: Handover) -> None:
         """Let a ticket that was given ahead be the job's running one: the segment before it is done."""
