@@ -161,5 +161,5 @@ def _only_hidden_states(_: torch.nn.Module, __: object, output: Any) -> Any:
     """Leave out of a model's output what would have come from layers that are not there."""
     if not isinstance(output, ModelOutput):
         return output
-    kept = ("hidden_states", "attentions", "past_key_values")
-    return type(output)(**{name: output[name] for name in kept if name in output})
+    kept = ("hidden_states", "attentions", "cache", "past_key_values")  # the last is the name before transformers 5.24
+    return type(output)(**{name: value for name, value in output.items() if name in kept})

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_FURTHER = ("cache", "past_key_values")
+"""What transformers' outputs keep for further tokens, by its name from 5.24 on and before."""
 
 
 @dataclass(eq=False)
@@ -121,7 +123,7 @@ def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):  # the libraries' outputs are such too
-        changed = {name: None if name == "past_key_values" else _map(each, change) for name, each in value.items()}
+        changed = {name: None if name in _FURTHER else _map(each, change) for name, each in value.items()}
         return changed if type(value) is dict else type(value)(**changed)
     if isinstance(value, (list, tuple)):
         return type(value)([_map(each, change) for each in value])
