@@ -288,102 +288,143 @@ def test_seconds_are_predicted_from_what_was_measured() -> None:
     assert replica.tickets[0].predicted == pytest.approx(21, rel=0.01)
 
 
-class Promising(Remote):
-    """A replica that says where what it leaves will be, as those over Ray do."""
+class Passing(Remote):
+    """A replica that sends what it leaves straight on, as those over Ray do."""
 
     def __init__(self, name: str, *roles: RoleType) -> None:
         super().__init__(name, *roles)
-        self.followed: list[tuple[Ticket, Any]] = []
+        self.started: list[tuple[Ticket, Any]] = []
 
     def start(self, ticket: Ticket, payload: Any) -> None:
-        if isinstance(payload, str):
-            self.followed.append((ticket, payload))
-        ticket.promise = f"{self.name}'s"
+        self.started.append((ticket, payload))
 
 
-def promising() -> tuple[Router, Promising, Promising, Promising]:
-    replicas = Promising("encoder", E), Promising("denoiser", D), Promising("decoder", C)
+def passing() -> tuple[Router, Passing, Passing, Passing]:
+    replicas = Passing("encoder", E), Passing("denoiser", D), Passing("decoder", C)
     return (router(*replicas), *replicas)
 
 
-def hand_over(ticket: Ticket, position: int) -> None:
+def hand_over(ticket: Ticket, position: int, *, handed: bool = True) -> None:
     turns = ROUTE[position:]
-    ticket.done(ticket, Handover(turns[0] if turns else None, position, 1.0, then=tuple(turns[1:])))
+    outcome = Handover(turns[0] if turns else None, position, 1.0, then=tuple(turns[1:]), handed=handed)
+    ticket.done(ticket, outcome)
 
 
-def submit_promised(made: Router) -> Job:
+def submit_ahead(made: Router) -> Job:
     job = Job()
     made.submit(job, Handover(E, 0, then=(D, C)), {"num_inference_steps": 1, "height": 8, "width": 8, "prompt": "fox"})
     return job
 
 
-def test_an_idle_replica_is_given_the_next_segment_before_its_state_is_there() -> None:
-    made, encoder, denoiser, decoder = promising()
-    job = submit_promised(made)
-    (ahead,) = denoiser.tickets
-    assert denoiser.followed == [(ahead, "encoder's")]
-    assert decoder.tickets == []  # one segment ahead, not two
-    hand_over(encoder.tickets[0], 1)
-    assert ahead.handover.payload == 1
-    assert ahead.after is None
-    hand_over(ahead, 2)
-    hand_over(decoder.tickets[0], 3)
+def test_idle_replicas_are_given_the_next_segments_before_their_states_are_there() -> None:
+    made, encoder, denoiser, decoder = passing()
+    job = submit_ahead(made)
+    (first,), (second,), (third,) = encoder.tickets, denoiser.tickets, decoder.tickets
+    assert encoder.started == [(first, 0)]
+    assert denoiser.started == [(second, None)]
+    assert decoder.started == [(third, None)]
+    assert (first.ahead, second.ahead, second.after, third.after) == (second, third, first, second)
+    hand_over(first, 1)
+    assert (second.handover.payload, second.after) == (1, None)
+    hand_over(second, 2)
+    hand_over(third, 3)
     assert job.result(0).seed == 3
     assert kinds(job) == ["queued", "started", "started", "started", "done"]
-    assert len(denoiser.followed) == 1
+    assert len(denoiser.started) == len(decoder.started) == 1, "nothing had to be brought to them"
     assert [replica.tickets for replica in (encoder, denoiser, decoder)] == [[], [], []]
 
 
-def test_an_answer_that_comes_before_the_one_it_waited_for_is_kept_until_then() -> None:
-    made, encoder, denoiser, decoder = promising()
-    job = submit_promised(made)
+def test_a_state_that_could_not_go_straight_is_brought_to_the_replica_that_waits_for_it() -> None:
+    made, encoder, denoiser, decoder = passing()
+    job = submit_ahead(made)
+    hand_over(encoder.tickets[0], 1, handed=False)
+    assert [payload for _, payload in denoiser.started] == [None, 1]
+    hand_over(denoiser.tickets[0], 2, handed=False)
+    assert [payload for _, payload in decoder.started] == [None, 2]
+    hand_over(decoder.tickets[0], 3, handed=False)
+    assert job.result(0).seed == 3
+
+
+def test_answers_that_come_before_those_they_waited_for_are_kept_until_then() -> None:
+    made, encoder, denoiser, decoder = passing()
+    job = submit_ahead(made)
+    hand_over(decoder.tickets[0], 3)
     hand_over(denoiser.tickets[0], 2)
     assert job.status == "running"
-    assert decoder.tickets == []
     hand_over(encoder.tickets[0], 1)
-    hand_over(decoder.tickets[0], 3)
     assert job.result(0).seed == 3
-    assert denoiser.tickets == []
+    assert kinds(job) == ["queued", "started", "started", "started", "done"]
+    assert [replica.tickets for replica in (encoder, denoiser, decoder)] == [[], [], []]
 
 
 def test_what_was_given_ahead_is_taken_back_when_the_segment_before_fails() -> None:
-    made, encoder, denoiser, _ = promising()
-    job = submit_promised(made)
-    (ahead,) = denoiser.tickets
+    made, encoder, denoiser, decoder = passing()
+    job = submit_ahead(made)
+    (second,), (third,) = denoiser.tickets, decoder.tickets
     encoder.tickets[0].done(encoder.tickets[0], WireError("a bit flipped"))
-    assert denoiser.cancelled == [ahead]
-    assert ahead not in denoiser.tickets
-    hand_over(ahead, 2)  # too late: nobody listens
+    assert (denoiser.cancelled, decoder.cancelled) == ([second], [third])
+    assert second not in denoiser.tickets
+    assert third not in decoder.tickets
+    hand_over(second, 2)  # too late: nobody listens
     assert (job.status, len(job.lost)) == ("running", 1)
     for replica, position in ((encoder, 1), (denoiser, 2)):
         hand_over(replica.tickets[0], position)
     assert job.status == "running"
 
 
-def test_a_replica_that_is_lost_before_its_turn_costs_the_request_nothing() -> None:
-    made, encoder, denoiser, _ = promising()
-    job = submit_promised(made)
+def test_replicas_that_are_lost_before_their_turn_cost_the_request_nothing() -> None:
+    made, encoder, denoiser, decoder = passing()
+    job = submit_ahead(made)
     made.remove(denoiser, "killed")
     assert job.lost == []
+    assert decoder.tickets == [], "what was to come from it is taken back"
     hand_over(encoder.tickets[0], 1)
-    other = Promising("another", D)
+    other = Passing("another", D)
     made.add(other)
+    assert other.started[0][1] == 1
     assert [ticket.handover.payload for ticket in other.tickets] == [1]
 
 
+def test_a_replica_lost_after_the_straight_hand_over_costs_one_attempt_from_there() -> None:
+    made, encoder, denoiser, _ = passing()
+    job = submit_ahead(made)
+    hand_over(encoder.tickets[0], 1)
+    made.remove(denoiser, "killed")
+    assert job.lost == ["denoiser: killed"]
+    other = Passing("another", D)
+    made.add(other)
+    assert [payload for _, payload in other.started] == [1]
+
+
+def test_a_result_that_comes_before_the_replicas_answer_ends_the_job_and_the_answer_frees_the_slot() -> None:
+    made, encoder, denoiser, decoder = passing()
+    job = submit_ahead(made)
+    (last,) = decoder.tickets
+    hand_over(encoder.tickets[0], 1)
+    made.settle(last, Handover(None, 3))
+    assert job.status == "running", "it is not the decoder's turn yet"
+    hand_over(denoiser.tickets[0], 2)
+    made.settle(last, Handover(None, 3))
+    assert job.result(0).seed == 3
+    assert decoder.tickets == [last]
+    last.done(last, Handover(None, None, 5.0))
+    assert decoder.tickets == []
+    assert made.costs.predict(C, last.work) == pytest.approx(5.0), "its seconds are learned all the same"
+
+
 def test_a_replica_with_other_work_is_not_given_segments_ahead() -> None:
-    made, encoder, denoiser, _ = promising()
-    submit_promised(made)
-    submit_promised(made)
-    assert len(encoder.tickets) == 2
-    assert len(denoiser.tickets) == 1
+    made, encoder, denoiser, decoder = passing()
+    submit_ahead(made)
+    submit_ahead(made)
+    assert [len(replica.tickets) for replica in (encoder, denoiser, decoder)] == [2, 1, 1]
 
 
 def test_cancelling_takes_back_what_was_given_ahead() -> None:
-    made, encoder, denoiser, _ = promising()
-    job = submit_promised(made)
-    (ahead,) = denoiser.tickets
+    made, encoder, denoiser, decoder = passing()
+    job = submit_ahead(made)
+    (second,), (third,) = denoiser.tickets, decoder.tickets
     job.cancel()
     encoder.tickets[0].done(encoder.tickets[0], Cancelled("the request was cancelled"))
-    assert ahead in denoiser.cancelled
-    assert (denoiser.tickets, encoder.tickets, len(made)) == ([], [], 0)
+    assert second in denoiser.cancelled
+    assert third in decoder.cancelled
+    assert (denoiser.tickets, decoder.tickets, encoder.tickets, len(made)) == ([], [], [], 0)

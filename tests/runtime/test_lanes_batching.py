@@ -397,35 +397,6 @@ def test_seconds_and_timings_are_each_request_s_share(model: Model, lane: Lane) 
         assert work.seconds == pytest.approx(ended[seed].timings["decoding"])
 
 
-def test_callers_that_run_segments_in_their_own_threads_share_them(model: Model, lane: Lane, decodes: Calls) -> None:
-    """As the actor of a Ray replica does: one caller runs what the others brought."""
-    states = {seed: denoised(model, seed=seed) for seed in range(6)}
-    expected = {seed: alone(model, state) for seed, state in states.items()}
-    decodes.rows.clear()
-    decodes.entered.clear()
-    decodes.open.clear()
-    outcomes = Outcomes(lane)
-
-    def call(seed: int) -> None:
-        lane.run_here(outcomes.work(seed, states[seed]))
-        assert seed in outcomes.of, "run_here returns once its work is done"
-
-    callers = [threading.Thread(target=call, args=(seed,)) for seed in states]
-    callers[0].start()
-    assert decodes.entered.wait(10)
-    for caller in callers[1:]:
-        caller.start()
-    while len(lane._waiting) < 5:
-        time.sleep(1e-3)
-    decodes.open.set()
-    for caller in callers:
-        caller.join(20)
-        assert not caller.is_alive()
-    assert decodes.rows == [1, 5]
-    for seed, state in outcomes.of.items():
-        check_equal(state, expected[seed])
-
-
 def test_what_previews_are_made_with_is_fitted_between_batches(model: Model, lane: DecoderLane, decodes: Calls) -> None:
     states = [denoised(model, seed=seed) for seed in range(4)]
     outcomes = Outcomes(lane)
@@ -450,26 +421,14 @@ def test_what_previews_are_made_with_is_fitted_between_batches(model: Model, lan
     assert decodes.rows[:3] == [1, 1, 2], "the second, a picture to fit to, then the others together"
 
 
-def test_a_lone_caller_runs_its_segment_in_its_own_thread(model: Model, lane: Lane, decodes: Calls) -> None:
-    state, threads = denoised(model), []
-    outcomes = Outcomes(lane)
-    work = outcomes.work("one", state)
-    work.done = lambda _: threads.append(threading.current_thread())
-    lane.run_here(work)
-    assert threads == [threading.current_thread()]
-
-
-def test_callers_and_the_lane_s_own_thread_lose_nothing(model: Model) -> None:
+def test_nothing_that_several_threads_put_in_is_lost(model: Model) -> None:
     lane = DecoderLane(model, "test", threads=1)
     state = denoised(model)
     outcomes = Outcomes(lane)
 
     def call(first: int) -> None:
         for number in range(first, first + 20):
-            if number % 3:
-                lane.run_here(outcomes.work(number, state.copy()))
-            else:
-                outcomes.put(number, state.copy())
+            outcomes.put(number, state.copy())
 
     callers = [threading.Thread(target=call, args=(first,)) for first in range(0, 100, 20)]
     for caller in callers:

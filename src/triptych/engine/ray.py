@@ -7,8 +7,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayEr
 import triptych
 from triptych.components.acceleration import parse_acceleration
 from triptych.engine.base import Engine
+from triptych.engine.inbox import LARGEST, Inbox, Order
+from triptych.engine.job import ENDED
 from triptych.engine.local import PROMPT_CACHE
 from triptych.engine.pools import Pool, parse_pools
 from triptych.engine.ranks import check_place, ranks_of
@@ -28,7 +31,7 @@ from triptych.engine.ray_pools import PoolKeeper
 from triptych.engine.ray_replica import RayReplica
 from triptych.engine.replica import Handover, Ticket
 from triptych.engine.router import Policy, Router
-from triptych.errors import ModelError, RemoteError, ReplicaLost, UsageError, WireError, from_text
+from triptych.errors import ModelError, RemoteError, UsageError, WireError, from_text
 from triptych.roles import RoleType
 from triptych.runtime.model import load
 from triptych.runtime.preview import Projection
@@ -42,8 +45,6 @@ log = logging.getLogger(__name__)
 
 PULSE = 0.5
 """Seconds between two looks at every replica."""
-INLINE = 65_536
-"""Bytes up to which a state goes along with the call; larger ones lie in the object store."""
 
 
 class RayEngine(Engine):
@@ -120,7 +121,9 @@ class RayEngine(Engine):
         if any(RoleType.DENOISER in pool.roles for pool in pools):
             check_place(self.front.family, self.front.tasks, gpus, arguments["options"]["acceleration"])
         self._happened: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self._keeper = PoolKeeper(self.router, identity, lambda *happened: self._happened.put(happened))
+        self._results: dict[str, Ticket] = {}
+        self._inbox = Inbox(self._receive)
+        self._keeper = PoolKeeper(self.router, identity, self._expect, lambda *happened: self._happened.put(happened))
         self._keeper.declare(pools, gpus, **arguments)
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._handle, self._pulse)]
         self._keeper.pulse()
@@ -131,7 +134,7 @@ class RayEngine(Engine):
     def hand_in(self, state: State) -> Handover:
         data = np.frombuffer(state.to_bytes(), np.uint8)
         then = state.route[state.position + 1 :]
-        return Handover(state.next_role, data if data.nbytes < INLINE else ray.put(data), then=then)
+        return Handover(state.next_role, data if data.nbytes <= LARGEST else ray.put(data), then=then)
 
     def find_projection(self, timeout: float) -> Projection | None:
         decoders = [each for each in self.replicas if RoleType.DECODER in each.roles and each.state == "ready"]
@@ -180,6 +183,7 @@ class RayEngine(Engine):
         for thread in self._threads:
             thread.join()
         self._keeper.leave()
+        self._inbox.close()
         if self._started_ray:
             ray.shutdown()
 
@@ -200,6 +204,23 @@ class RayEngine(Engine):
                 raise ModelError(f"replica {failed.name} could not start: {failed.failure}")
             time.sleep(0.02)
 
+    def _expect(self, ticket: Ticket) -> Order:
+        """Return the order with which a ticket's result can be sent to this process."""
+        self._results[ticket.name] = ticket
+        return Order(ticket.name, inbox=self._inbox.address)
+
+    def _receive(self, order: Order, data: memoryview) -> Callable[[], None] | None:
+        """Take a result that comes straight from a replica; what is wrong with one comes with the replica's answer."""
+        ticket = self._results.pop(order.ticket, None)
+        if ticket is None:
+            return None
+
+        def end() -> None:
+            with suppress(WireError):
+                self.router.settle(ticket, Handover(None, State.from_bytes(data)))
+
+        return end
+
     # What happened, one after another in a thread of its own.
 
     def _handle(self) -> None:
@@ -217,16 +238,14 @@ class RayEngine(Engine):
                 log.exception("%s: what it told could not be handled", replica.name)
 
     def _finished(self, replica: RayReplica, future: Future[Any], ticket: Ticket, data: Any) -> None:
-        replica.forget(ticket)
         replica.busy = time.monotonic()
         # Not `result()`: an error raised here would hold this frame, and so the ticket, until it is garbage-collected.
         error = future.exception()
+        self._results.pop(ticket.name, None)
         if ticket not in replica.tickets:
-            return  # taken back; what it says may be of the replica it waited for
-        if isinstance(error, RayActorError) and ticket.after is None:
+            return  # taken back
+        if isinstance(error, RayActorError):
             replica.lose(self.router, f"{replica.name} died ({type(error).__name__})")
-        elif isinstance(error, RayActorError):  # this one, or the one it waited for
-            ticket.done(ticket, ReplicaLost(f"a replica died ({type(error).__name__})"))
         elif isinstance(error, (ObjectLostError, OwnerDiedError)):
             ticket.done(ticket, WireError(f"the hand-over was lost: {error}"))
         elif error is not None:
@@ -235,15 +254,17 @@ class RayEngine(Engine):
             told = future.result()
             for preview in told.get("previews", ()):  # those that no heartbeat has told of
                 ticket.show(*preview)
-            ticket.done(ticket, self._outcome(told, data))
+            ticket.done(ticket, self._outcome(ticket, told, data))
 
-    def _outcome(self, told: dict[str, Any], data: Any) -> Handover | Exception:
+    def _outcome(self, ticket: Ticket, told: dict[str, Any], data: Any) -> Handover | Exception:
         """Return what a replica's answer means."""
         if "error" in told:
             return from_text(*told["error"])
         if told["turns"]:
             role, *then = (RoleType(role) for role in told["turns"])
-            return Handover(role, data, told["seconds"], then=tuple(then))
+            return Handover(role, data, told["seconds"], then=tuple(then), handed=told["handed"])
+        if ticket.job.status in ENDED:  # the result was here before
+            return Handover(None, None, told["seconds"])
         try:
             return Handover(None, State.from_bytes(np.array(ray.get(data)).data), told["seconds"])
         except (ObjectLostError, OwnerDiedError, WireError) as error:

@@ -8,19 +8,25 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import triptych
-from triptych.errors import Cancelled, ReplicaRefusedError, to_text
+from triptych.errors import ReplicaRefusedError
 from triptych.roles import RoleType
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from triptych.engine.attempt import Attempt
+    from triptych.engine.inbox import Order
 
-_UNWANTED = 256
-"""Tickets that were taken back before they came, of which a replica remembers the newest."""
+
+_REMEMBERED = 256
+"""Tickets that were taken back before they came, and answers that nobody asked for, of which a replica keeps so many."""
 
 
 class ReplicaActor:
@@ -51,6 +57,7 @@ class ReplicaActor:
             os.environ["OMP_NUM_THREADS"] = str(threads)  # read once, when torch is imported
         import torch
 
+        from triptych.engine.inbox import Inbox
         from triptych.engine.local import LanesReplica
         from triptych.engine.ranks import with_ranks
         from triptych.runtime.model import load
@@ -71,10 +78,10 @@ class ReplicaActor:
         self._identity = mine
         self._faults = faults or {}
         self._hops = {"count": 0, "bytes": 0, "seconds": 0.0}
-        self._works: dict[str, Any] = {}
-        self._progress: dict[str, tuple[str, int, int]] = {}
-        self._previews: dict[str, list[tuple[int, int, bytes]]] = {}
-        self._unwanted: deque[str] = deque(maxlen=_UNWANTED)
+        self._attempts: dict[str, Attempt] = {}
+        self._unwanted: deque[str] = deque(maxlen=_REMEMBERED)
+        self._lock = threading.Lock()
+        self._inbox = Inbox(self._receive)
 
     def describe(self) -> dict[str, Any]:
         """Return who and where it is, as plain values."""
@@ -87,89 +94,83 @@ class ReplicaActor:
             "pid": os.getpid(),
             "node": ray.get_runtime_context().get_node_id(),
             "host": socket.gethostname(),
+            "inbox": self._inbox.address,
         }
 
-    def run(
-        self,
-        ticket: str,
-        data: npt.NDArray[np.uint8],
-        seconds_left: float | None,
-        previews: tuple[int, npt.NDArray[np.float32]] | None = None,
-    ) -> tuple[dict[str, Any], npt.NDArray[np.uint8]]:
-        """Run the next segment of the state in `data`.
-
-        Args:
-            previews: how many are wanted, and the projection to make them with.
+    def run(self, order: Order, data: npt.NDArray[np.uint8] | None) -> tuple[dict[str, Any], npt.NDArray[np.uint8]]:
+        """Run the next segment of the state in `data`, unless that was begun; None to wait until the state comes.
 
         Returns what became of it, and the state after it in its wire form (empty where it failed): two Ray objects, so
         that the router reads the first and passes the second on without reading it.
         """
+        attempt = self._attempt(order.ticket)
+        attempt.asked = True
+        try:
+            if data is not None and attempt.begin():
+                self._answer(attempt, order, data.data)
+            answer: tuple[dict[str, Any], npt.NDArray[np.uint8]] = attempt.answer.result()
+            return answer
+        finally:
+            self._attempts.pop(order.ticket, None)
+
+    def hand(self, order: Order, data: npt.NDArray[np.uint8]) -> None:
+        """Give a ticket that waits for its state what could not come straight from another process."""
+        attempt = self._attempt(order.ticket)
+        if attempt.begin():
+            self._answer(attempt, order, data.data)
+
+    def _receive(self, order: Order, data: memoryview) -> Callable[[], None] | None:
+        """Take a state that comes straight from another process."""
+        attempt = self._attempt(order.ticket)
+        return partial(self._answer, attempt, order, data) if attempt.begin() else None
+
+    def _attempt(self, ticket: str) -> Attempt:
+        """Return the attempt of that name, which whoever comes first opens."""
+        from triptych.engine.attempt import Attempt
+
+        with self._lock:
+            if (attempt := self._attempts.get(ticket)) is None:
+                attempt = self._attempts[ticket] = Attempt()
+                if ticket in self._unwanted:
+                    attempt.cancel()
+                if len(self._attempts) > _REMEMBERED:  # answers that nobody asks for: their router is gone
+                    done = [name for name, each in self._attempts.items() if each.answer.done() and not each.asked]
+                    for name in done[:-1]:
+                        del self._attempts[name]
+            return attempt
+
+    def _answer(self, attempt: Attempt, order: Order, data: memoryview) -> None:
+        """Run a segment that was begun, and send the state after it where it is waited for."""
         import numpy as np
 
+        from triptych.engine.attempt import failure
+        from triptych.engine.inbox import send
         from triptych.state import State
 
-        outcome: dict[str, Any] = {}
-        after = np.empty(0, np.uint8)
+        arrived = time.monotonic()
         try:
-            if ticket in self._unwanted or not len(data):  # nothing: what it was to come from failed
-                raise Cancelled("the segment was taken back before it began")
             began = time.perf_counter()
-            state = State.from_bytes(data.data)
+            state = State.from_bytes(data)
             self._hop(len(data), time.perf_counter() - began)
             self._replica.model.check_turn(state)
-            finished, seconds = self._compute(ticket, state, seconds_left, previews)
+            assert state.next_role is not None
+            finished, seconds = attempt.compute(state, order, self._replica.lanes[state.next_role])
             began = time.perf_counter()
             after = np.frombuffer(finished.to_bytes(), np.uint8)
             self._hop(len(after), time.perf_counter() - began)
             if random.random() < self._faults.get("corrupt", 0):
                 after[random.randrange(len(after))] ^= 1
             turns = [role.value for role in finished.route[finished.position :]]
-            outcome = {"turns": turns, "seconds": seconds}
+            handed = False
+            if order.then is not None:
+                left = None if order.seconds_left is None else order.seconds_left - (time.monotonic() - arrived)
+                handed = send(replace(order.then, seconds_left=left), after.data)
+            outcome: dict[str, Any] = {"turns": turns, "seconds": seconds, "handed": handed}
         except Exception as error:  # noqa: BLE001 (told to the router, which knows whose fault it is)
-            outcome = {"error": to_text(error)}
-        finally:
-            self._works.pop(ticket, None)
-            self._progress.pop(ticket, None)
-            if ticket in self._previews:
-                outcome["previews"] = self._previews.pop(ticket)
-        return outcome, after
-
-    def _compute(
-        self, ticket: str, state: Any, seconds_left: float | None, previews: tuple[int, Any] | None
-    ) -> tuple[Any, float]:
-        import torch
-
-        from triptych.runtime.lanes import Work
-        from triptych.runtime.preview import Previews, Projection
-        from triptych.runtime.step_lane import StepLane
-
-        ended = threading.Event()
-        outcomes: list[Any] = []
-
-        def done(outcome: Any) -> None:
-            outcomes.append(outcome)
-            ended.set()
-
-        def report(stage: str, step: int, steps: int) -> None:
-            self._progress[ticket] = stage, step, steps
-
-        deadline = None if seconds_left is None else time.monotonic() + seconds_left
-        wanted = None
-        if previews is not None:
-            made = self._previews[ticket] = []
-            projection = Projection(torch.tensor(previews[1]))
-            wanted = Previews(previews[0], projection, lambda *preview: made.append(preview))
-        work = Work(state, done, report, deadline, wanted)
-        self._works[ticket] = work
-        lane = self._replica.lanes[state.next_role]
-        if isinstance(lane, StepLane):
-            lane.put(work)
-            ended.wait()
-        else:
-            lane.run_here(work)
-        if isinstance(outcomes[0], Exception):
-            raise outcomes[0]
-        return outcomes[0], work.seconds
+            outcome, after = failure(error)
+        if attempt.previews:
+            outcome["previews"] = attempt.previews
+        attempt.answer.set_result((outcome, after))
 
     def _hop(self, nbytes: int, seconds: float) -> None:
         """Count a state that came or went."""
@@ -178,21 +179,22 @@ class ReplicaActor:
 
     def cancel(self, ticket: str) -> None:
         """Stop a ticket before its next step, or before it begins."""
-        if (work := self._works.get(ticket)) is not None:
-            work.cancel()
-        else:
-            self._unwanted.append(ticket)
+        with self._lock:
+            if (attempt := self._attempts.get(ticket)) is None:
+                self._unwanted.append(ticket)
+            else:
+                attempt.cancel()
 
     def busy(self) -> int:
-        """Return how many segments it has."""
-        return len(self._works)
+        """Return how many segments it has, or waits for."""
+        return sum(not each.answer.done() for each in list(self._attempts.values()))
 
     def beat(self) -> dict[str, Any]:
         """Show that it is alive, and how far its tickets are."""
-        previews = {ticket: list(made) for ticket, made in list(self._previews.items()) if made}
+        attempts = list(self._attempts.items())
         return {
-            "progress": dict(self._progress),
-            "previews": previews,
+            "progress": {ticket: each.progress for ticket, each in attempts if each.progress is not None},
+            "previews": {ticket: list(each.previews) for ticket, each in attempts if each.previews},
             "replica": {**self._replica.describe(), "hops": dict(self._hops), "busy": self.busy()},
         }
 

@@ -11,11 +11,13 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from triptych.engine.inbox import Order
 from triptych.engine.pools import Pool
 from triptych.engine.ranks import gpus_of
 from triptych.engine.ray_cluster import start_replica
 from triptych.engine.ray_register import NAMESPACE, open_register
 from triptych.engine.ray_replica import RayReplica
+from triptych.engine.replica import Ticket
 from triptych.engine.router import Router
 from triptych.roles import RoleType, parse_roles
 
@@ -39,11 +41,13 @@ class PoolKeeper:
         pools: how many replicas each is to have, as `Register.declare` takes it.
     """
 
-    def __init__(self, router: Router, identity: dict[str, str], later: Callable[..., None]) -> None:
+    def __init__(
+        self, router: Router, identity: dict[str, str], expect: Callable[[Ticket], Order], later: Callable[..., None]
+    ) -> None:
         self.replicas: dict[str, RayReplica] = {}
         self.pools: dict[str, dict[str, Any]] = {}
         self._name = f"router-{secrets.token_hex(4)}"
-        self._router, self._identity, self._later = router, identity, later
+        self._router, self._identity, self._expect, self._later = router, identity, expect, later
         self._members: dict[str, dict[str, Any]] = {}
         self._epoch: str | None = None
         self._register = open_register(self._name, identity)
@@ -110,7 +114,7 @@ class PoolKeeper:
                     actor = ray.get_actor(name, namespace=NAMESPACE)
                 except ValueError:  # it is gone before we met
                     continue
-                self.replicas[name] = RayReplica(name, member["pool"], actor, self._later, joined=member["joined"])
+                self.replicas[name] = self._replica(name, member["pool"], actor, joined=member["joined"])
             self.replicas[name].draining |= member["draining"]
         for name in [name for name in self.replicas if name not in self._members]:
             replica = self.replicas.pop(name)
@@ -141,7 +145,7 @@ class PoolKeeper:
             for _ in range(pool["target"] - len(mine)):
                 replica = f"{name}-{secrets.token_hex(3)}"
                 actor = start_replica(replica, roles=name, **pool["arguments"])
-                self.replicas[replica] = RayReplica(replica, name, actor, self._later)
+                self.replicas[replica] = self._replica(replica, name, actor)
                 ray.get(self._register.add.remote(replica, name))
             for surplus in sorted(mine, key=lambda each: each.backlog)[: max(0, len(mine) - pool["target"])]:
                 surplus.draining = True
@@ -164,6 +168,9 @@ class PoolKeeper:
                 continue
             pool["target"] = target
             self._register.scale.remote(name, target, fixed=False)
+
+    def _replica(self, name: str, pool: str, actor: Any, *, joined: bool = False) -> RayReplica:
+        return RayReplica(name, pool, actor, self._expect, self._later, joined=joined)
 
     def _of(self, pool: str) -> list[RayReplica]:
         """Return a pool's own replicas that are to stay."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import signal
 import time
 from collections.abc import Callable
@@ -12,8 +11,10 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import ray
 
+from triptych.engine.inbox import Order, send
 from triptych.engine.local import SLOTS
 from triptych.engine.replica import Replica, Ticket
 from triptych.engine.router import Router
@@ -35,7 +36,16 @@ class RayReplica(Replica):
         joined: whether a process of its own added it: that one ends it, too.
     """
 
-    def __init__(self, name: str, pool: str, actor: Any, later: Callable[..., None], *, joined: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        pool: str,
+        actor: Any,
+        expect: Callable[[Ticket], Order],
+        later: Callable[..., None],
+        *,
+        joined: bool = False,
+    ) -> None:
         super().__init__(name, parse_roles(pool), dict(SLOTS))
         self.pool = pool
         self.joined = joined
@@ -47,23 +57,35 @@ class RayReplica(Replica):
         self.failure: BaseException | None = None
         self.losses = 0  # times it died or hung
         self._quiet = 0  # signs of life since it was to be given nothing more, in which it had nothing
+        self._expect = expect
         self._later = later
-        self._names: dict[Ticket, str] = {}
 
     def start(self, ticket: Ticket, payload: Any) -> None:
-        name = self._names[ticket] = f"{ticket.job.id}-{secrets.token_hex(4)}"
-        left = None if ticket.job.deadline is None else ticket.job.deadline - time.monotonic()
-        previews = None
-        if ticket.job.previews is not None and ticket.role is RoleType.DENOISER:
-            count, projection = ticket.job.previews
-            previews = count, projection.weight.numpy()
-        outcome, data = self.actor.run.options(num_returns=2).remote(name, payload, left, previews)
-        ticket.promise = data
+        order = self._order(ticket)
+        if ticket.expected and payload is not None:
+            self.actor.hand.remote(order, payload)
+            return
+        if self._is_here and isinstance(payload, np.ndarray):  # Ray brings it too: what comes first counts
+            send(order, payload.data, wait=False)
+        outcome, data = self.actor.run.options(num_returns=2).remote(order, payload)
         self._when_there(outcome, "finished", ticket, data)
 
+    def _order(self, ticket: Ticket) -> Order:
+        """Return what this process is to do for a ticket, and what those after it that it can reach."""
+        job, then, previews = ticket.job, None, None
+        next_one = None if ticket.ahead is None else ticket.ahead.replica
+        if ticket.ahead is not None and isinstance(next_one, RayReplica) and next_one.node == self.node:
+            then = next_one._order(ticket.ahead)
+        elif not ticket.handover.then and self._is_here:
+            then = self._expect(ticket)
+        left = None if job.deadline is None else job.deadline - time.monotonic()
+        if job.previews is not None and ticket.role is RoleType.DENOISER:
+            count, projection = job.previews
+            previews = count, projection.weight.tolist()
+        return Order(ticket.name, left, previews, self.told.get("inbox"), then)
+
     def cancel(self, ticket: Ticket) -> None:
-        if (name := self._names.get(ticket)) is not None:
-            self.actor.cancel.remote(name)
+        self.actor.cancel.remote(ticket.name)
 
     def ask(self) -> None:
         """Ask for a sign of life; a starting replica answers when it has loaded."""
@@ -76,16 +98,12 @@ class RayReplica(Replica):
         self.told.update(beat["replica"])
         self.slots.update({RoleType(role): many for role, many in beat["replica"]["slots"].items()})
         self._quiet = self._quiet + 1 if self.draining and not beat["replica"]["busy"] else 0
-        for ticket, name in list(self._names.items()):
-            step = beat["progress"].get(name)
+        for ticket in [each for each in self.tickets if each.after is None]:
+            step = beat["progress"].get(ticket.name)
             if step is not None and ticket.progress != step[1] / step[2]:
                 ticket.report(*step)
-            for preview in beat["previews"].get(name, ()):
+            for preview in beat["previews"].get(ticket.name, ()):
                 ticket.show(*preview)
-
-    def forget(self, ticket: Ticket) -> None:
-        """Take note that a ticket has been answered."""
-        self._names.pop(ticket, None)
 
     @property
     def drained(self) -> bool:
@@ -111,8 +129,13 @@ class RayReplica(Replica):
 
     @property
     def _is_here(self) -> bool:
-        node: str = ray.get_runtime_context().get_node_id()
-        return self.told.get("node") == node
+        mine: str = ray.get_runtime_context().get_node_id()
+        return self.node == mine
+
+    @property
+    def node(self) -> str | None:
+        """Ray's name of the machine it is on."""
+        return self.told.get("node")
 
     def lose(self, router: Router, reason: str) -> None:
         """Take note that the process has died; its tickets go elsewhere, and Ray starts it anew."""
@@ -127,7 +150,8 @@ class RayReplica(Replica):
         ray.kill(self.actor, no_restart=True)
 
     def describe(self) -> dict[str, Any]:
-        return {**self.told, **super().describe(), "state": self.state}
+        told = {name: value for name, value in self.told.items() if name != "inbox"}
+        return {**told, **super().describe(), "state": self.state}
 
     def _when_there(self, reference: Any, what: str, *details: Any) -> None:
         def hand_on(future: Future[Any]) -> None:  # in a thread of Ray's, which must not wait

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ class Handover:
         seconds: what the segment before took.
         before: what that segment started from, until the next one has read this.
         then: whose turns come after that, where a replica may be told before the state is there.
+        handed: whether the replica that was told has the state already.
     """
 
     next_role: RoleType | None
@@ -29,6 +31,7 @@ class Handover:
     seconds: float = 0.0
     before: Handover | None = None
     then: tuple[RoleType, ...] = ()
+    handed: bool = False
 
 
 @dataclass(eq=False)
@@ -46,10 +49,11 @@ class Ticket:
         progress: the share of it that is done.
         computing: whether it is known to have begun.
         shown: the step of its last preview.
-        promise: a reference to what it will leave, where the engine has such.
         ahead: the job's next ticket, where a replica has been given that already.
         after: the ticket whose end this one waits for, where it was given ahead.
+        expected: whether it was given ahead, and its replica waits, or waited, for its state.
         early: how this one ended, where that was told before the end of the one it waited for.
+        name: names it between processes.
     """
 
     job: Job
@@ -64,10 +68,14 @@ class Ticket:
     progress: float = 0.0
     computing: bool = False
     shown: int = 0
-    promise: Any = None
     ahead: Ticket | None = None
     after: Ticket | None = None
+    expected: bool = False
     early: Handover | Exception | None = None
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name = f"{self.job.id}-{secrets.token_hex(8)}"
 
     def report(self, stage: str, step: int, steps: int) -> None:
         """Take note of a step, and tell the job."""
@@ -104,7 +112,8 @@ class Replica(ABC):
         """Begin a ticket's segment; returns at once. `ticket.done` is called later, from any thread.
 
         Args:
-            payload: what it starts from: the hand-over's, or what another replica promised to leave (`Ticket.promise`).
+            payload: what it starts from. None where that is to come: from the replica that has the ticket before
+                (`Ticket.after`), or else in a second call.
         """
 
     @abstractmethod

@@ -118,6 +118,12 @@ class Router:
         with self._idle:
             return self._idle.wait_for(lambda: not self._jobs, timeout)
 
+    def settle(self, ticket: Ticket, result: Handover) -> None:
+        """End a job whose result is there before its last replica has said that it is done."""
+        with self._lock:
+            if ticket.after is None and ticket.replica is not None and ticket in ticket.replica.tickets:
+                self._proceed(ticket.job, result)
+
     # Replicas
 
     def add(self, replica: Replica) -> None:
@@ -136,10 +142,10 @@ class Router:
             tickets = [ticket for ticket in given if ticket.after is None]
             guilty = [ticket for ticket in tickets if ticket.computing] or tickets[:1]
             for ticket in given:
+                self._withdraw(ticket)
                 if ticket.after is not None:  # its turn has not come: somebody else gets it then
                     ticket.after.ahead, ticket.after = None, None
                     continue
-                self._withdraw(ticket)
                 self._lose(ticket, reason, counts=ticket in guilty)
             self._dispatch()
 
@@ -180,44 +186,51 @@ class Router:
             self._waiting.remove(ticket)
             replica.tickets.append(ticket)
             self._note_start(ticket, replica)
+            reserved = self._look_ahead(ticket)
             replica.start(ticket, ticket.handover.payload)
-            self._look_ahead(ticket)
+            for ahead, other in reserved:
+                other.start(ahead, None)
 
     def _note_start(self, ticket: Ticket, replica: Replica) -> None:
         ticket.replica, ticket.since = replica, time.monotonic()
         ticket.job.tell("started", role=ticket.role.value, replica=replica.name)
 
-    def _look_ahead(self, ticket: Ticket) -> None:
-        """Give the job's next segment to a replica that has nothing to do, so that the state goes straight there."""
-        role = next(iter(ticket.handover.then), None)
-        if role is None or ticket.promise is None or ticket.alone or self._policy != "predicted":
-            return
-        if any(waiting.role is role for waiting in self._waiting):
-            return
-        idle = [each for each in self.replicas if role in each.roles and not each.draining and not each.tickets]
-        if not idle:
-            return
-        job, replica = ticket.job, min(idle, key=lambda each: each.name)
-        work = work_of(self._jobs[job], role)
-        promised = Handover(role, None, then=ticket.handover.then[1:])
-        ahead = Ticket(job, role, promised, work, self.costs.predict(role, work), False, self._done, replica)
-        ahead.after, ticket.ahead = ticket, ahead
-        replica.tickets.append(ahead)
-        replica.start(ahead, ticket.promise)
+    def _look_ahead(self, ticket: Ticket) -> list[tuple[Ticket, Replica]]:
+        """Reserve replicas that have nothing to do for the job's next segments, so that its state goes straight there."""
+        reserved: list[tuple[Ticket, Replica]] = []
+        if ticket.alone or self._policy != "predicted":
+            return reserved
+        turns = ticket.handover.then
+        for number, role in enumerate(turns, 1):
+            idle = [each for each in self.replicas if role in each.roles and not each.draining and not each.tickets]
+            if not idle or any(waiting.role is role for waiting in self._waiting):
+                break
+            job, replica = ticket.job, min(idle, key=lambda each: each.name)
+            work = work_of(self._jobs[job], role)
+            predicted = self.costs.predict(role, work)
+            coming = Handover(role, None, then=turns[number:])
+            ahead = Ticket(job, role, coming, work, predicted, False, self._done, replica)
+            ahead.expected, ahead.after, ticket.ahead = True, ticket, ahead
+            replica.tickets.append(ahead)
+            reserved.append((ahead, replica))
+            ticket = ahead
+        return reserved
 
     def _catch_up(self, ahead: Ticket, handover: Handover) -> None:
         """Let a ticket that was given ahead be the job's running one: the segment before it is done."""
         assert ahead.replica is not None
         ahead.after, ahead.handover = None, handover
         self._note_start(ahead, ahead.replica)
-        self._look_ahead(ahead)
         if ahead.early is not None:
             self._done(ahead, ahead.early)
+        elif not handover.handed:
+            ahead.replica.start(ahead, handover.payload)
 
     def _withdraw(self, ticket: Ticket) -> None:
         """Take back what was given ahead of a ticket's end."""
         ahead, ticket.ahead = ticket.ahead, None
         if ahead is not None and ahead.replica is not None:
+            self._withdraw(ahead)
             ahead.after = None
             ahead.replica.tickets.remove(ahead)
             ahead.replica.cancel(ahead)
@@ -263,11 +276,12 @@ class Router:
             replica.tickets.remove(ticket)
             if job.status in ENDED or not isinstance(outcome, Handover):
                 self._withdraw(ticket)
-            ahead, ticket.ahead, ticket.promise = ticket.ahead, None, None
+            ahead, ticket.ahead = ticket.ahead, None
+            if isinstance(outcome, Handover):
+                self.costs.learn(ticket.role, ticket.work, outcome.seconds)
             if job.status in ENDED:
                 self._forget(job)
             elif isinstance(outcome, Handover):
-                self.costs.learn(ticket.role, ticket.work, outcome.seconds)
                 outcome.before, ticket.handover.before = ticket.handover, None
                 if ahead is None:
                     self._proceed(job, outcome)

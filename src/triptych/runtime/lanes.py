@@ -35,7 +35,6 @@ class Work:
         deadline: when it must have ended, on `time.monotonic`'s clock.
         previews: the pictures on the way that somebody wants to see.
         seconds: what the lane spent on it; its share of forwards that it shared.
-        settled: whether `done` has been told.
     """
 
     state: State
@@ -44,7 +43,6 @@ class Work:
     deadline: float | None = None
     previews: Previews | None = None
     seconds: float = field(default=0.0, init=False)
-    settled: bool = field(default=False, init=False)
     _cancelled: bool = field(default=False, init=False)
 
     def cancel(self) -> None:
@@ -97,11 +95,7 @@ class Lane:
         self.batches: Counter[int] = Counter()
         self._threads = threads
         self._waiting: deque[Work] = deque()
-        self._lock = threading.Lock()
-        self._wake = threading.Condition(self._lock)  # the lane's thread has something to do
-        self._free = threading.Condition(self._lock)  # nobody runs a segment
-        self._busy = False
-        self._callers = 0  # that wait for `_free`
+        self._wake = threading.Condition()  # the lane's thread has something to do
         self._closing = False
         self._meeting = None if rows == 0 else Meeting(model.device, rows)
         self._appetites: dict[object, Appetite] = {}
@@ -115,31 +109,13 @@ class Lane:
 
     def put(self, work: Work) -> None:
         """Give the lane a segment to run."""
-        with self._lock:
+        with self._wake:
             self._waiting.append(work)
             self._wake.notify()
 
-    def run_here(self, work: Work) -> None:
-        """Run a segment in the caller's thread, when nobody else is at work: two changes of threads less.
-
-        It may run others that wait with it, or be run by another caller with its own.
-        """
-        with self._lock:
-            self._waiting.append(work)
-        while True:
-            with self._lock:
-                self._callers += 1
-                self._free.wait_for(lambda: work.settled or not self._busy)
-                self._callers -= 1
-                if work.settled:
-                    self._call_next()
-                    return
-                works = self._claim()
-            self._run_claimed(works)
-
     def close(self) -> None:
         """Finish what was given to the lane, and end its thread."""
-        with self._lock:
+        with self._wake:
             self._closing = True
             self._wake.notify()
         self._thread.join()
@@ -161,16 +137,19 @@ class Lane:
 
     def _loop(self) -> None:
         while True:
-            with self._lock:
-                self._wake.wait_for(lambda: not self._busy and (self._waiting or self._closing))
+            with self._wake:
+                self._wake.wait_for(lambda: self._waiting or self._closing)
                 if not self._waiting:
                     return
                 works = self._claim()
-            self._run_claimed(works)
+            if len(works) == 1:
+                self._run(works.pop())  # without a name here, which would keep the state until the next comes
+            else:
+                self._run_together(works)
+                works.clear()
 
     def _claim(self) -> list[Work]:
         """Take the segments that are to be run next, under the lock: the first, and those that may go with it."""
-        self._busy = True
         works = [self._waiting.popleft()]
         if not self._waiting or self._meeting is None or (kind := self._kind(works[0])) is None:
             return works
@@ -184,24 +163,6 @@ class Lane:
                 works.append(other)
                 self._waiting.remove(other)
         return works
-
-    def _run_claimed(self, works: list[Work]) -> None:
-        try:
-            if len(works) == 1:
-                self._run(works.pop())  # without a name here, which would keep the state until the next comes
-            else:
-                self._run_together(works)
-                works.clear()
-        finally:
-            with self._lock:
-                self._busy = False
-                self._free.notify_all()
-                self._call_next()
-
-    def _call_next(self) -> None:
-        """Wake the lane's thread, under the lock, if something is left to do and no caller there to do it."""
-        if (self._waiting or self._closing) and not self._busy and not self._callers:
-            self._wake.notify()
 
     def _kind(self, work: Work) -> object | None:
         """Return something that equals for segments that may be run together; None for one that may not.
@@ -275,7 +236,4 @@ class Lane:
             if not isinstance(outcome, TriptychError):
                 log.error("%s: a request failed", self.name, exc_info=outcome)
             outcome = outcome.with_traceback(None)  # its frames would keep the request's tensors
-        try:
-            work.done(outcome)
-        finally:
-            work.settled = True
+        work.done(outcome)

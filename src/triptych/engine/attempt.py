@@ -1,0 +1,102 @@
+"""One ticket in the process of its replica."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from triptych.engine.inbox import Order
+from triptych.errors import Cancelled, to_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from triptych.runtime.lanes import Lane, Work
+    from triptych.state import State
+
+Answer: TypeAlias = "tuple[dict[str, Any], npt.NDArray[np.uint8]]"
+
+
+class Attempt:
+    """A ticket that is begun by whatever brings its state first, and whose answer the router asks for.
+
+    Attributes:
+        answer: what became of it, and the state after it in its wire form; empty where it failed.
+        asked: whether the router has asked.
+        progress: the stage, the step and the steps in all; None before the first.
+        previews: the pictures on the way that were made so far: step, steps, PNG.
+    """
+
+    def __init__(self) -> None:
+        self.answer: Future[Answer] = Future()
+        self.asked = False
+        self.progress: tuple[str, int, int] | None = None
+        self.previews: list[tuple[int, int, bytes]] = []
+        self._lock = threading.Lock()
+        self._begun = self._cancelled = False
+        self._work: Work | None = None
+
+    def begin(self) -> bool:
+        """Claim it; returns False where it was begun before, or taken back."""
+        with self._lock:
+            if self._begun or self._cancelled:
+                return False
+            self._begun = True
+            return True
+
+    def cancel(self) -> None:
+        """Stop it before its next step, or before it begins."""
+        with self._lock:
+            if not self._begun and not self._cancelled:
+                self.answer.set_result(failure(_taken_back()))
+            self._cancelled = True
+            if self._work is not None:
+                self._work.cancel()
+
+    def compute(self, state: State, order: Order, lane: Lane) -> tuple[State, float]:
+        """Run the state's next segment; returns the state after it, and the seconds it took.
+
+        Raises:
+            Exception: what the segment failed with; `Cancelled` where it was taken back.
+        """
+        import torch
+
+        from triptych.runtime.lanes import Work
+        from triptych.runtime.preview import Previews, Projection
+
+        ended: Future[State] = Future()
+
+        def done(outcome: State | Exception) -> None:
+            if isinstance(outcome, Exception):
+                ended.set_exception(outcome)
+            else:
+                ended.set_result(outcome)
+
+        def report(stage: str, step: int, steps: int) -> None:
+            self.progress = stage, step, steps
+
+        deadline = None if order.seconds_left is None else time.monotonic() + order.seconds_left
+        wanted = None
+        if order.previews is not None:
+            count, matrix = order.previews
+            wanted = Previews(count, Projection(torch.tensor(matrix)), lambda *preview: self.previews.append(preview))
+        with self._lock:
+            if self._cancelled:
+                raise _taken_back()
+            self._work = work = Work(state, done, report, deadline, wanted)
+        lane.put(work)
+        return ended.result(), work.seconds
+
+
+def failure(error: Exception) -> Answer:
+    """Return the answer that tells of an error."""
+    import numpy as np
+
+    return {"error": to_text(error)}, np.empty(0, np.uint8)
+
+
+def _taken_back() -> Cancelled:
+    return Cancelled("the segment was taken back before it began")

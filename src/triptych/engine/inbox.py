@@ -1,0 +1,149 @@
+"""How small states go straight from one process to another on the same machine: through a local socket."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TypeAlias
+
+log = logging.getLogger(__name__)
+
+LARGEST = 65_536
+"""Bytes of a state up to which it is sent this way; larger ones lie in Ray's object store, where nobody copies them."""
+_ROOM = 2 * LARGEST
+"""Bytes of a whole message; Linux takes some more."""
+PATIENCE = 2.0
+"""Seconds that either side waits for the other."""
+_TAKEN, _REFUSED = b"\1", b"\0"
+_HEAD = struct.Struct(
+    "<q"
+)  # the bytes of the order that follows, with as many spaces that the state after it is aligned
+_CREDENTIALS = struct.Struct("3i")  # of the other end: process, user, group
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a process is to do with the state of a ticket, in plain values.
+
+    Attributes:
+        ticket: its name.
+        seconds_left: until the request's deadline; None where it has none.
+        previews: how many pictures on the way are wanted, and the matrix to make them with.
+        inbox: where the order and its state can be sent to; None where Ray has to bring them.
+        then: the order that goes on with the state afterwards, if that is settled.
+    """
+
+    ticket: str
+    seconds_left: float | None = None
+    previews: tuple[int, list[list[float]]] | None = None
+    inbox: str | None = None
+    then: Order | None = None
+
+
+Receive: TypeAlias = Callable[[Order, memoryview], Callable[[], None] | None]
+"""Takes a ticket's state; returns what is to be done when the sender knows that, or None to refuse it."""
+
+
+class Inbox:
+    """Receives states for tickets of this process, each in a thread of its own.
+
+    The socket is one of Linux's that have a name but no file, so that nothing of a killed process is left. It hears
+    this user's processes only.
+
+    Attributes:
+        address: what `send` takes; None where the system has no such sockets.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self.address: str | None = None
+        self._receive = receive
+        address = f"\0triptych-{secrets.token_hex(16)}"
+        try:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a message comes whole, or not at all
+            self._socket.bind(address)
+        except (AttributeError, OSError) as error:
+            log.warning("states cannot come straight to this process (%s): they come through Ray", error)
+            return
+        self._socket.listen(64)
+        self.address = address
+        threading.Thread(target=self._accept, name="inbox", daemon=True).start()
+
+    def close(self) -> None:
+        """Hear nobody any more."""
+        if self.address is not None:
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+            self._socket.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sender, _ = self._socket.accept()
+            except OSError:  # closed
+                return
+            threading.Thread(target=self._hear, args=(sender,), name="inbox sender", daemon=True).start()
+
+    def _hear(self, sender: socket.socket) -> None:
+        """Take the state that a process sends."""
+        with sender:
+            credentials = sender.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            _, user, _ = _CREDENTIALS.unpack(credentials)
+            if user != os.getuid():
+                log.warning("a process of user %d wanted to hand over a state: refused", user)
+                return
+            sender.settimeout(PATIENCE)
+            try:
+                message = memoryview(sender.recv(_ROOM))
+                end = _HEAD.size + _HEAD.unpack_from(message)[0]
+                begin = self._receive(_read(bytes(message[_HEAD.size : end])), message[end:])
+                sender.send(_REFUSED if begin is None else _TAKEN)
+            except BrokenPipeError:  # it does not want to know
+                pass
+            except (OSError, TypeError, ValueError, struct.error) as error:
+                log.warning("a state could not be taken: %s", error)
+                return
+        if begin is not None:
+            begin()
+
+
+def send(order: Order, data: memoryview, *, wait: bool = True) -> bool:
+    """Give another process on this machine the state of a ticket.
+
+    Args:
+        wait: for the answer.
+
+    Returns whether it took it; False at once where it has no inbox, or the state is too large for one.
+    """
+    if order.inbox is None or len(data) > LARGEST:
+        return False
+    head = json.dumps(asdict(order), separators=(",", ":")).encode("ascii")
+    head += b" " * (-len(head) % 8)
+    if len(head) > LARGEST:
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as receiver:
+        receiver.settimeout(2 * PATIENCE if wait else 0)
+        try:
+            receiver.connect(order.inbox)
+            receiver.sendmsg((_HEAD.pack(len(head)), head, data))
+            return wait and receiver.recv(1) == _TAKEN
+        except OSError as error:
+            log.info("a state could not be sent directly (%s): it goes through Ray", error)
+            return False
+
+
+def _read(head: bytes) -> Order:
+    """Return the order that a message begins with.
+
+    Raises:
+        TypeError, ValueError: it does not.
+    """
+    read = json.loads(head, object_hook=lambda told: Order(**told))
+    if not isinstance(read, Order):
+        raise TypeError(f"not an order: {read!r}")
+    return read

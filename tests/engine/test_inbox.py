@@ -1,0 +1,146 @@
+"""States that go straight from one process to another."""
+
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from triptych.engine import inbox
+from triptych.engine.inbox import LARGEST, Inbox, Order, send
+
+
+class Receiver:
+    """Takes what comes, if it is open."""
+
+    def __init__(self) -> None:
+        self.open = True
+        self.taken: queue.SimpleQueue[tuple[Order, bytes, int]] = queue.SimpleQueue()
+        self.inbox = Inbox(self.receive)
+        assert self.inbox.address is not None
+
+    def receive(self, order: Order, data: memoryview) -> Callable[[], None] | None:
+        if not self.open:
+            return None
+        return lambda: self.taken.put((order, bytes(data), data.nbytes))
+
+    def order(self, ticket: str = "a ticket") -> Order:
+        return Order(ticket, inbox=self.inbox.address)
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+    yield receiver
+    receiver.inbox.close()
+
+
+def test_an_order_and_its_state_arrive_as_they_were(receiver: Receiver) -> None:
+    last = Order("third", None, None, "\0elsewhere")
+    then = Order("second", 2.5, (3, [[0.1, 0.25], [1e-9, -3.0]]), "\0there", last)
+    order = replace(receiver.order("first"), seconds_left=7.0, then=then)
+    data = os.urandom(1000)
+    assert send(order, memoryview(data))
+    arrived, state, _ = receiver.taken.get(timeout=5)
+    assert state == data
+    assert arrived.then is not None
+    assert arrived.then.previews is not None
+    count, matrix = arrived.then.previews
+    assert (count, matrix) == then.previews
+    assert replace(arrived, then=None) == replace(order, then=None)
+    assert arrived.then.then == last
+
+
+def test_the_largest_state_arrives_and_a_larger_one_is_left_to_ray(receiver: Receiver) -> None:
+    assert send(receiver.order(), memoryview(bytes(LARGEST)))
+    assert receiver.taken.get(timeout=5)[2] == LARGEST
+    assert not send(receiver.order(), memoryview(bytes(LARGEST + 1)))
+
+
+def test_a_state_is_aligned_as_the_wire_form_needs_it(receiver: Receiver) -> None:
+    starts: queue.SimpleQueue[int] = queue.SimpleQueue()
+    taking = Inbox(lambda order, data: lambda: starts.put(np.frombuffer(data, np.uint8).ctypes.data))
+    for length in range(1, 20):
+        assert send(Order("x" * length, inbox=taking.address), memoryview(b"12345678"))
+        assert starts.get(timeout=5) % 8 == 0
+    taking.close()
+
+
+def test_who_sends_is_told_whether_it_was_taken(receiver: Receiver) -> None:
+    receiver.open = False
+    assert not send(receiver.order(), memoryview(b"state"))
+    receiver.open = True
+    assert send(receiver.order(), memoryview(b"state"))
+
+
+def test_what_was_taken_is_begun_after_the_sender_knows(receiver: Receiver) -> None:
+    known = threading.Event()
+    slow = Inbox(lambda order, data: lambda: receiver.taken.put((order, bytes(known.wait(5)), 0)))
+    assert send(Order("a ticket", inbox=slow.address), memoryview(b"state")), "it does not wait for the work"
+    known.set()
+    assert receiver.taken.get(timeout=5)[1] == bytes(True)
+    slow.close()
+
+
+def test_a_sender_that_does_not_wait_goes_on_at_once_and_its_state_arrives(receiver: Receiver) -> None:
+    send(receiver.order(), memoryview(b"state"), wait=False)
+    assert receiver.taken.get(timeout=5)[1] == b"state"
+
+
+def test_an_inbox_that_is_gone_takes_nothing(receiver: Receiver) -> None:
+    gone = receiver.order()
+    receiver.inbox.close()
+    assert not send(gone, memoryview(b"state"))
+    assert not send(replace(gone, inbox=None), memoryview(b"state"))
+    receiver.inbox = Inbox(receiver.receive)
+
+
+def test_a_process_that_hangs_holds_its_sender_up_for_moments_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox, "PATIENCE", 0.1)
+    address = f"\0triptych-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as deaf:
+        deaf.bind(address)
+        deaf.listen()
+        began = time.monotonic()
+        assert not send(Order("a ticket", inbox=address), memoryview(b"state"))
+        assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("message", [b"", b"x", b"\xff" * 8, b"\x04\0\0\0\0\0\0\0null", b"\x02\0\0\0\0\0\0\0{}",
+                                     b"\x0a\0\0\0\0\0\0\0{\"evil\":1}"])  # fmt: skip
+def test_a_message_that_is_none_harms_nothing(receiver: Receiver, message: bytes) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sender:
+        sender.settimeout(5)
+        sender.connect(receiver.inbox.address or "")
+        sender.send(message)
+        assert sender.recv(1) == b"", "it is not answered"
+    assert send(receiver.order(), memoryview(b"state"))
+    assert receiver.taken.get(timeout=5)[1] == b"state"
+
+
+SEND = """
+import os, socket, sys
+os.setuid(65534)
+sender = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+sender.connect("\\0" + sys.argv[1])
+try:
+    sender.send(bytes.fromhex(sys.argv[2]))
+    print(sender.recv(1))
+except OSError as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+def test_another_user_is_not_heard(receiver: Receiver) -> None:
+    command = [sys.executable, "-c", SEND, (receiver.inbox.address or "")[1:], "00"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert ended.stdout.strip() in ("b''", "BrokenPipeError", "ConnectionResetError"), ended.stderr
+    assert receiver.taken.empty()
