@@ -440,6 +440,20 @@ def test_nothing_that_several_threads_put_in_is_lost(model: Model) -> None:
     assert all(isinstance(outcome, State) for outcome in outcomes.of.values())
 
 
+def test_a_lane_with_nothing_to_do_finds_out_how_many_segments_are_worth_a_call(model: Model, decodes: Calls) -> None:
+    lane = DecoderLane(model, "test", threads=1)
+    hungry(lane)
+    assert lane._meeting is not None
+    Outcomes(lane).together({seed: denoised(model, seed=seed) for seed in range(2)})
+    deadline = time.monotonic() + 30
+    while lane._meeting.eager and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not lane._meeting.eager
+    assert max(decodes.rows) >= 2
+    assert len(decodes.rows) > 6, "trials of one row and of more, three times each"
+    lane.close()
+
+
 def test_a_lane_that_is_closed_finishes_what_it_has(model: Model) -> None:
     lane, outcomes = DecoderLane(model, "test", threads=1), None
     outcomes = Outcomes(lane)

@@ -232,3 +232,78 @@ def test_seconds_are_split_by_rows(meeting: Meeting) -> None:
     small, large = meeting.run([Asking(slow, torch.randn(n, 3)) for n in (1, 3)], [slow])
     assert small.seconds == pytest.approx(LONGEST / 40, rel=0.4)
     assert large.seconds == pytest.approx(3 * LONGEST / 40, rel=0.4)
+
+
+def rehearse_all(meeting: Meeting) -> None:
+    for _ in range(100):
+        if not meeting.eager:
+            return
+        meeting.rehearse()
+    raise AssertionError("it does not come to an end")
+
+
+class Overhead(Model):
+    """A model whose calls take the same time whatever their rows."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        compute(0.005)
+        return super().forward(input)
+
+
+def test_a_new_kind_of_call_is_tried_with_more_rows_when_there_is_nothing_else_to_do() -> None:
+    model, meeting = Overhead(), Meeting(CPU)
+    meeting.run([Asking(model, torch.randn(1, 3)) for _ in range(2)], [model])
+    assert meeting.eager
+    before = len(model.rows)
+    rehearse_all(meeting)
+    assert max(model.rows[before:]) == 16, "memory has been at its highest"
+    meeting.worth = None
+    meeting.run([Asking(model, torch.randn(1, 3)) for _ in range(16)], [model])
+    assert model.rows[-1] == 16, "no request has to be a trial"
+    assert meeting.worth == 16
+    assert not meeting.eager
+    meeting.close()
+
+
+def test_a_trial_that_fails_ends_the_trials_and_harms_no_request(caplog: pytest.LogCaptureFixture) -> None:
+    class Small(Overhead):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            if len(input) > 4:
+                raise MemoryError("no room for more than four")
+            return super().forward(input)
+
+    model, meeting = Small(), Meeting(CPU)
+    meeting.run([Asking(model, torch.randn(1, 3)) for _ in range(2)], [model])
+    rehearse_all(meeting)
+    guests = meeting.run([Asking(model, torch.randn(1, 3)) for _ in range(8)], [model])
+    assert [guest.error for guest in guests] == [None] * 8
+    assert model.rows[-2:] == [4, 4]
+    meeting.close()
+
+
+def test_a_trial_is_made_outside_of_the_request_whose_call_it_repeats() -> None:
+    check: ContextVar[threading.Event | None] = ContextVar("check", default=None)
+    cancelled = threading.Event()
+
+    class Cancellable(Overhead):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            event = check.get()
+            assert event is None or not event.is_set(), "its request was cancelled"
+            return super().forward(input)
+
+    model, meeting = Cancellable(), Meeting(CPU)
+
+    def request() -> None:
+        check.set(cancelled)
+        model(torch.zeros(1, 3))
+
+    meeting.run([request, Asking(model, torch.randn(1, 3))], [model])
+    cancelled.set()
+    rehearse_all(meeting)
+    assert max(model.rows) == 16
+    meeting.close()
+
+
+def test_kinds_whose_rows_are_given_need_no_trials(model: Model, meeting: Meeting) -> None:
+    meeting.run([Asking(model, torch.randn(1, 3)) for _ in range(2)], [model])
+    assert not meeting.eager

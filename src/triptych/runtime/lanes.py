@@ -137,6 +137,9 @@ class Lane:
 
     def _loop(self) -> None:
         while True:
+            while self._meeting is not None and self._meeting.eager and not self._waiting and not self._closing:
+                with self.exclusive:
+                    self._meeting.rehearse()
             with self._wake:
                 self._wake.wait_for(lambda: self._waiting or self._closing)
                 if not self._waiting:

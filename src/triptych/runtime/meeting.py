@@ -11,11 +11,12 @@ import functools
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar, copy_context
+from contextvars import Context, ContextVar, copy_context
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 KINDS = 256
 """Kinds of calls that are remembered; those met longest ago are forgotten first."""
+_NEW = 16
+"""Kinds of calls that wait for their trials; beyond that the requests themselves are the trials."""
 ROOM = 0.5
 """The share of a device's free memory that a larger call may be expected to take."""
 
@@ -112,6 +115,27 @@ class Meeting:
         self._threads: ThreadPoolExecutor | None = None
         self._places = 0
         self._compiled: dict[int, bool] = {}
+        self._new: deque[tuple[Pace, Call]] = deque(maxlen=_NEW)
+
+    @property
+    def eager(self) -> bool:
+        """Whether there are kinds of calls of which it is not known yet how many rows are worth it."""
+        return bool(self._new)
+
+    def rehearse(self) -> None:
+        """Make one trial call of such a kind, with the rows of one repeated; for when there is nothing else to do.
+
+        So requests need not be the trials, and memory is at its highest early on, not from some busy hour on.
+        """
+        pace, call = self._new[0]
+        each = call.rows or 1
+        copies = max(1, pace.aim // each)
+        if pace.settled or copies * each > self._fitting(pace):
+            self._new.popleft()
+            return
+        with torch.no_grad():
+            self._run(pace, [call] * copies, copies * each)
+        call.answer = None
 
     def run(self, parts: Sequence[Callable[[], None]], modules: Iterable[torch.nn.Module]) -> list[Guest]:
         """Run parts to their ends, sharing their calls of `modules`; returns what became of each."""
@@ -156,7 +180,7 @@ class Meeting:
             if group[0].rows is None:
                 _run_apart(group)
             else:
-                self._answer_group(self._pace(form), group)
+                self._answer_group(self._pace(form, group[0]), group)
 
     def _answer_group(self, pace: Pace, group: list[Call]) -> None:
         same: dict[object, list[Call]] = {}
@@ -233,8 +257,12 @@ class Meeting:
             self._compiled[id(module)] = any(each._compiled_call_impl is not None for each in parts)
         return self._compiled[id(module)]
 
-    def _pace(self, form: object) -> Pace:
-        pace = self._paces.setdefault(form, Pace(self._rows))
+    def _pace(self, form: object, sample: Call) -> Pace:
+        if form not in self._paces:
+            self._paces[form] = Pace(self._rows)
+            if self._rows is None:  # not in its request's context, which may have been cancelled by then
+                self._new.append((self._paces[form], replace(sample, context=Context())))
+        pace = self._paces[form]
         self._paces.move_to_end(form)
         if len(self._paces) > KINDS:
             self._paces.popitem(last=False)

@@ -44,6 +44,11 @@ class Pace:
         return self._search()[0]
 
     @property
+    def settled(self) -> bool:
+        """Whether `aim` was found best."""
+        return self._search()[1]
+
+    @property
     def worth(self) -> int:
         """The rows to wait together: `aim`, and as long as nothing is known enough to try one more row than one."""
         aim, settled = self._search()
