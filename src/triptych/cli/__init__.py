@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 import triptych
-from triptych.cli import families, generate, keys, plan, pools, serve, top
+from triptych.cli import bench, families, generate, keys, plan, pools, serve, top
 from triptych.cli.errors import USAGE, say
 
 
@@ -36,6 +36,7 @@ app.command()(top.top)
 app.command()(pools.scale)
 app.command()(pools.drain)
 app.command()(keys.key)
+app.command()(bench.bench)
 
 
 @app.callback(invoke_without_command=True)
