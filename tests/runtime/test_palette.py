@@ -161,7 +161,7 @@ def model() -> triptych.Model:
 
 def test_after_the_warm_up_previews_need_not_be_waited_for() -> None:
     devices: dict[str, Any] = dict.fromkeys(("encoder", "denoiser", "decoder"), "cpu")
-    with LocalEngine(embedded.path(), **devices) as engine:
+    with LocalEngine(embedded.path(), **devices, dtype="float32") as engine:
         (replica,) = engine.router.replicas
         lanes: dict[Any, Any] = replica.lanes  # type: ignore[attr-defined]
         decoder = lanes[RoleType.DECODER]

@@ -49,7 +49,7 @@ class Forward:
             if name not in shared and isinstance(value, torch.Tensor) and value.ndim > 1
         )
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Elements of its latents, the first input: what a forward's time grows with."""
         latents = next(iter(self.inputs.values()))
