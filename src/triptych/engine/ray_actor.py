@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 _REMEMBERED = 256
-"""Tickets that were taken back before they came, and answers that nobody asked for, of which a replica keeps so many."""
+"""How many tickets that are done, or taken back, a replica remembers, and how many answers that nobody asked for."""
 
 
 class ReplicaActor:
@@ -111,7 +111,9 @@ class ReplicaActor:
             answer: tuple[dict[str, Any], npt.NDArray[np.uint8]] = attempt.answer.result()
             return answer
         finally:
-            self._attempts.pop(order.ticket, None)
+            with self._lock:
+                self._attempts.pop(order.ticket, None)
+                self._unwanted.append(order.ticket)  # by whatever way its state may still come
 
     def hand(self, order: Order, data: npt.NDArray[np.uint8]) -> None:
         """Give a ticket that waits for its state what could not come straight from another process."""
@@ -130,12 +132,14 @@ class ReplicaActor:
 
         with self._lock:
             if (attempt := self._attempts.get(ticket)) is None:
-                attempt = self._attempts[ticket] = Attempt()
+                attempt = Attempt()
                 if ticket in self._unwanted:
                     attempt.cancel()
+                    return attempt
+                self._attempts[ticket] = attempt
                 if len(self._attempts) > _REMEMBERED:  # answers that nobody asks for: their router is gone
                     done = [name for name, each in self._attempts.items() if each.answer.done() and not each.asked]
-                    for name in done[:-1]:
+                    for name in done:
                         del self._attempts[name]
             return attempt
 

@@ -1,0 +1,148 @@
+"""What a replica's process does with tickets, whichever way their states come."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import triptych
+import triptych.engine  # before ray: it asks for Ray's authentication
+from triptych.engine.inbox import Order, send
+from triptych.engine.ray_actor import _REMEMBERED, ReplicaActor
+from triptych.state import State
+
+ASK: dict[str, Any] = {
+    "prompt": "a red fox", "seed": 7, "height": 64, "width": 48, "num_inference_steps": 3, "output_type": "pt",
+    "max_sequence_length": 24, "exact": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_repo: Callable[..., Path]) -> triptych.Model:
+    return triptych.load(tiny_repo("flux2_klein"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def actors(tiny_repo: Callable[..., Path]) -> Iterator[dict[str, ReplicaActor]]:
+    repository = str(tiny_repo("flux2_klein"))
+    made = {
+        role: ReplicaActor(role, repository, role, {"device": "cpu"}, threads=1)
+        for role in ("encoder", "denoiser", "decoder")
+    }
+    yield made
+    for each in made.values():
+        each._inbox.close()
+        each._replica.close()
+
+
+@pytest.fixture
+def request_bytes(whole: triptych.Model) -> np.ndarray:
+    return np.frombuffer(whole.admit(triptych.Request(**ASK)).to_bytes(), np.uint8)
+
+
+def order(actor: ReplicaActor, ticket: str, then: Order | None = None) -> Order:
+    return Order(ticket, inbox=actor._inbox.address, then=then)
+
+
+def segments(actor: ReplicaActor, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The segments that an actor is given to run from now on."""
+    seen: list[Any] = []
+    for lane in actor._replica.lanes.values():
+        put = lane.put
+        monkeypatch.setattr(lane, "put", lambda work, put=put: (seen.append(work), put(work)))
+    return seen
+
+
+def test_a_state_that_comes_straight_is_computed_before_the_router_asks(
+    actors: dict[str, ReplicaActor], request_bytes: np.ndarray
+) -> None:
+    encoder = actors["encoder"]
+    assert send(order(encoder, "one"), request_bytes.data)
+    attempt = encoder._attempts["one"]
+    attempt.answer.result(10)
+    outcome, after = encoder.run(order(encoder, "one"), None)
+    assert outcome["turns"] == ["denoiser", "decoder"]
+    assert State.from_bytes(after.data).next_role == "denoiser"
+    assert encoder._attempts == {}
+    assert encoder.busy() == 0
+
+
+def test_a_state_that_comes_both_ways_is_computed_once(
+    actors: dict[str, ReplicaActor], request_bytes: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = actors["encoder"]
+    seen = segments(encoder, monkeypatch)
+    send(order(encoder, "both"), request_bytes.data)
+    assert encoder.run(order(encoder, "both"), request_bytes)[0]["turns"]
+    assert not send(order(encoder, "both"), request_bytes.data), "and one that is late is refused"
+    encoder.hand(order(encoder, "both"), request_bytes)
+    assert len(seen) == 1
+    assert encoder._attempts == {}
+
+
+def test_a_chain_of_orders_ends_with_the_result_where_it_is_waited_for(
+    actors: dict[str, ReplicaActor], request_bytes: np.ndarray, whole: triptych.Model
+) -> None:
+    from triptych.engine.inbox import Inbox
+
+    came = threading.Event()
+    results: list[Any] = []
+    router = Inbox(lambda told, data: lambda: (results.append((told.ticket, bytes(data))), came.set()))
+    last = Order("result", inbox=router.address)
+    chain = order(actors["decoder"], "c", last)
+    chain = order(actors["denoiser"], "d", chain)
+    chain = order(actors["encoder"], "e", chain)
+    outcome, after = actors["encoder"].run(chain, request_bytes)
+    assert outcome["handed"]
+    assert came.wait(30)
+    router.close()
+    ((ticket, data),) = results
+    assert ticket == "result"
+    expected = whole.generate(**ASK).images
+    assert torch.equal(State.from_bytes(data).result.images, expected)
+    for role, name in (("denoiser", "d"), ("decoder", "c")):
+        answered, bytes_after = actors[role].run(Order(name), None)
+        assert answered["handed"]
+        assert len(bytes_after), "the hand-over is kept for who has to do the next segment again"
+    assert State.from_bytes(after.data).next_role == "denoiser"
+
+
+def test_what_is_taken_back_before_its_state_comes_is_not_computed(
+    actors: dict[str, ReplicaActor], request_bytes: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = actors["encoder"]
+    seen = segments(encoder, monkeypatch)
+    encoder.cancel("early")
+    assert encoder.run(order(encoder, "early"), request_bytes)[0]["error"][0] == "Cancelled"
+    answers: list[Any] = []
+    waiting = threading.Thread(target=lambda: answers.append(encoder.run(order(encoder, "late"), None)))
+    waiting.start()
+    while encoder.busy() == 0:
+        pass
+    encoder.cancel("late")
+    encoder.cancel("late")
+    waiting.join(10)
+    assert answers[0][0]["error"][0] == "Cancelled"
+    assert not send(order(encoder, "late"), request_bytes.data)
+    assert seen == []
+    assert encoder._attempts == {}
+
+
+def test_answers_that_nobody_asks_for_are_not_kept_for_ever(actors: dict[str, ReplicaActor]) -> None:
+    encoder = actors["encoder"]
+    for number in range(_REMEMBERED + 20):
+        encoder.hand(order(encoder, f"orphan-{number}"), np.zeros(8, np.uint8))
+    assert len(encoder._attempts) <= _REMEMBERED + 1
+
+
+def test_a_damaged_state_is_answered_with_its_error(actors: dict[str, ReplicaActor], request_bytes: np.ndarray) -> None:
+    encoder = actors["encoder"]
+    damaged = request_bytes.copy()
+    damaged[-1] ^= 1
+    outcome, after = encoder.run(order(encoder, "damaged"), damaged)
+    assert outcome["error"][0] == "WireError"
+    assert len(after) == 0
