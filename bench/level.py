@@ -66,13 +66,14 @@ def open_engine(kind: str) -> Engine:
     if kind == "ray":
         from triptych.engine.ray import RayEngine
 
-        return RayEngine(embedded.path(), threads=1, prompt_cache=CACHE)
+        return RayEngine(embedded.path(), dtype="float32", threads=1, prompt_cache=CACHE)
     from triptych.engine.local import LocalEngine
 
     threads = dict.fromkeys(WORKERS, 1)
     return LocalEngine(
-        embedded.path(), encoder="cpu", denoiser="cpu", decoder="cpu", threads=threads, prompt_cache=CACHE
-    )
+        embedded.path(), dtype="float32", encoder="cpu", denoiser="cpu", decoder="cpu", threads=threads,
+        prompt_cache=CACHE,
+    )  # fmt: skip
 
 
 def run(engine: Engine, requests: int, every: int) -> dict[int, dict[str, int]]:
