@@ -22,9 +22,7 @@ _ROOM = 2 * LARGEST
 PATIENCE = 2.0
 """Seconds that either side waits for the other."""
 _TAKEN, _REFUSED = b"\1", b"\0"
-_HEAD = struct.Struct(
-    "<q"
-)  # the bytes of the order that follows, with as many spaces that the state after it is aligned
+_HEAD = struct.Struct("<q")  # the bytes of the order that follows; it ends with spaces, so that the state is aligned
 _CREDENTIALS = struct.Struct("3i")  # of the other end: process, user, group
 
 

@@ -61,7 +61,7 @@ class RayReplica(Replica):
         self._later = later
 
     def start(self, ticket: Ticket, payload: Any) -> None:
-        order = self._order(ticket)
+        order = Order(ticket.name) if payload is None else self._order(ticket)  # else its state brings the order
         if ticket.expected and payload is not None:
             self.actor.hand.remote(order, payload)
             return
