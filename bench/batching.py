@@ -20,7 +20,6 @@ import json
 import os
 import statistics
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ import torch
 
 import triptych
 from triptych import embedded
+from triptych.bench.load import closed_loop
 from triptych.engine.local import LocalEngine
 from triptych.request import Request
 from triptych.roles import WORKERS, RoleType
@@ -123,28 +123,15 @@ def measured_budget(engine: LocalEngine, lane: StepLane, ask: dict[str, Any]) ->
 
 def run(engine: LocalEngine, asks: list[dict[str, Any]]) -> tuple[float, list[torch.Tensor]]:
     """Return requests a second while `CLIENTS` clients ask, and the pictures."""
-    numbers = iter(range(len(asks)))
     pictures: dict[int, torch.Tensor] = {}
-    ended: list[float] = []
-    lock = threading.Lock()
 
-    def client() -> None:
-        while True:
-            with lock:
-                number = next(numbers, None)
-            if number is None:
-                return
-            pictures[number] = engine.generate(**asks[number]).images
-            with lock:
-                ended.append(time.perf_counter())
+    def ask(number: int) -> dict[str, float]:
+        result = engine.generate(**asks[number])
+        pictures[number] = result.images
+        return result.timings
 
-    clients = [threading.Thread(target=client) for _ in range(CLIENTS)]
-    for each in clients:
-        each.start()
-    for each in clients:
-        each.join()
-    counted = ended[CLIENTS - 1 : 1 - CLIENTS]  # neither while it fills nor while it empties
-    return (len(counted) - 1) / (counted[-1] - counted[0]), [pictures[number] for number in range(len(asks))]
+    rate = closed_loop(ask, len(asks), CLIENTS).busy_rate
+    return rate, [pictures[number] for number in range(len(asks))]
 
 
 def raw_gain(lane: StepLane, engine: LocalEngine, ask: dict[str, Any], budget: int) -> tuple[float, int]:

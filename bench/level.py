@@ -15,7 +15,6 @@ import gc
 import json
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import psutil
 import torch
 
 from triptych import embedded
+from triptych.bench.load import closed_loop
 from triptych.engine.base import Engine
 from triptych.roles import WORKERS
 
@@ -78,30 +78,18 @@ def open_engine(kind: str) -> Engine:
 
 def run(engine: Engine, requests: int, every: int) -> dict[int, dict[str, int]]:
     """Return the resident bytes of every process after every so many requests."""
-    numbers = iter(range(requests))
-    lock = threading.Lock()
-    done = 0
     samples: dict[int, dict[str, int]] = {}
 
-    def client() -> None:
-        nonlocal done
-        while True:
-            with lock:
-                number = next(numbers, None)
-            if number is None:
-                return
-            engine.generate(prompt=f"a red heart {number % 400}", seed=number, num_inference_steps=1, output_type="pt")
-            with lock:
-                done += 1
-                if done % every == 0:
-                    samples[done] = resident(engine)
-                    print(f"{done}: {samples[done]}", file=sys.stderr)
+    def ask(number: int) -> dict[str, float]:
+        prompt = f"a red heart {number % 400}"
+        return engine.generate(prompt=prompt, seed=number, num_inference_steps=1, output_type="pt").timings
 
-    clients = [threading.Thread(target=client) for _ in range(CLIENTS)]
-    for each in clients:
-        each.start()
-    for each in clients:
-        each.join()
+    def look(done: int) -> None:
+        if done % every == 0:
+            samples[done] = resident(engine)
+            print(f"{done}: {samples[done]}", file=sys.stderr)
+
+    closed_loop(ask, requests, CLIENTS, look)
     gc.collect()
     time.sleep(2)
     samples[requests] = resident(engine)

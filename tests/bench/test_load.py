@@ -60,6 +60,14 @@ def test_figures_are_of_the_requests_measured() -> None:
     assert figures["stages"] == {"a": 0.25, "b": 0.5}
 
 
+def test_the_rate_of_busy_clients_counts_neither_their_beginning_nor_their_end() -> None:
+    ended = (5.0, 6.0, 6.5, 7.0, 7.5, 8.0, 20.0)
+    busy = Load(2, (1.0,) * 7, ended, ({"a": 1.0},) * 7)
+    assert busy.busy_rate == 4 / 2.0
+    with pytest.raises(ValueError, match="2 requests are too few for 2 clients"):
+        _ = Load(2, (1.0,) * 2, ended[:2], ({"a": 1.0},) * 2).busy_rate
+
+
 @pytest.mark.parametrize(
     ("stages", "wall", "said"),
     [

@@ -33,6 +33,18 @@ class Load:
         """Requests a second; while the clients began and ended, too."""
         return len(self.ended) / self.ended[-1]
 
+    @property
+    def busy_rate(self) -> float:
+        """Requests a second while all clients had one on its way: neither while they began, nor while they ended.
+
+        Raises:
+            ValueError: there are too few requests for that: more than twice as many as clients are needed.
+        """
+        counted = self.ended[self.clients - 1 : 1 - self.clients or None]
+        if len(counted) < 2:
+            raise ValueError(f"{len(self.ended)} requests are too few for {self.clients} clients")
+        return (len(counted) - 1) / (counted[-1] - counted[0])
+
     def percentile(self, share: float) -> float:
         """Return the seconds within which that share of the requests was answered."""
         ordered = sorted(self.seconds)
