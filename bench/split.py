@@ -7,8 +7,8 @@
     python bench/split.py --name decode-bound --param num_inference_steps=1
 
 Serial: p50 of one request after another, run whole, by `LocalEngine` and by three processes over Ray, in turn and each
-time another one first, so that all see the same machine. Limits: whole + 1 ms, and whole + 12 ms, by the p50 of the
-differences within a turn: a machine that others use too changes more than that from minute to minute. Whole and
+time another one first, so that all see the same machine. Limits: whole + 1 ms, and whole + 12 ms. The p50 of the
+differences within a turn is given beside: a machine that others use too changes from minute to minute. Whole and
 `LocalEngine` run the very same weights: where in memory a copy comes to lie makes some percent of the difference
 between two. Over Ray it is another copy; so what a request takes beyond its stages' own seconds is given too.
 
@@ -27,7 +27,6 @@ import json
 import os
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +38,7 @@ import torch
 
 import triptych
 from triptych import embedded
+from triptych.bench.load import closed_loop
 from triptych.engine.base import Engine
 from triptych.engine.local import LocalEngine
 from triptych.engine.ray import RayEngine
@@ -82,7 +82,8 @@ def main() -> int:
         "cores": cores,
         "serial p50, ms": {name: value * 1e3 for name, value in serial.items()},
         "beyond the stages' own seconds, ms": {name: value * 1e3 for name, value in beyond.items()},
-        "over the whole, ms": {name: value * 1e3 for name, value in over.items()},
+        "over the whole, ms": {name: (serial[name] - serial["whole"]) * 1e3 for name in ("local", "ray")},
+        "p50 of the differences within a turn, ms": {name: value * 1e3 for name, value in over.items()},
         "role seconds": seconds,
         "bound, requests/s": bound,
         "pipelined, requests/s": pipelined,
@@ -142,28 +143,11 @@ def role_seconds(model: str, parameters: dict[str, Any], repeats: int = 5) -> di
 
 def throughput(engine: Engine, parameters: dict[str, Any], requests: int) -> float:
     """Return requests a second with `CLIENTS` clients, counted while all of them have one on its way."""
-    numbers = iter(range(requests + 2 * CLIENTS))
-    ended: list[float] = []
-    lock = threading.Lock()
 
-    def client() -> None:
-        while True:
-            with lock:
-                number = next(numbers, None)
-            if number is None:
-                return
-            engine.generate(**{**parameters, "seed": number})
-            with lock:
-                ended.append(time.perf_counter())
+    def ask(number: int) -> dict[str, float]:
+        return engine.generate(**{**parameters, "seed": number}).timings
 
-    clients = [threading.Thread(target=client) for _ in range(CLIENTS)]
-    for each in clients:
-        each.start()
-    for each in clients:
-        each.join()
-    ended.sort()
-    counted = ended[CLIENTS : CLIENTS + requests]  # neither while it fills nor while it empties
-    return (len(counted) - 1) / (counted[-1] - counted[0])
+    return closed_loop(ask, requests + 2 * CLIENTS, CLIENTS).busy_rate
 
 
 if __name__ == "__main__":
