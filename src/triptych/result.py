@@ -129,12 +129,21 @@ def check_path(path: str | os.PathLike[str], outputs: Literal["images", "videos"
     if path.suffix.lower() not in formats:
         given = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
         raise UsageError(f"{path}: {outputs} cannot be saved with {given}; accepted are {', '.join(formats)}")
+    check_folder(path)
+    return formats[path.suffix.lower()]
+
+
+def check_folder(path: Path) -> None:
+    """Check that a file can be written at a path.
+
+    Raises:
+        UsageError: its folder does not exist or cannot be written to.
+    """
     folder = path.parent
     if not folder.is_dir():
         raise UsageError(f"{path}: there is no folder {str(folder)!r}; create it first")
     if not os.access(folder, os.W_OK):
         raise UsageError(f"{path}: the folder {str(folder)!r} cannot be written to")
-    return formats[path.suffix.lower()]
 
 
 def _is_plain(value: object) -> bool:

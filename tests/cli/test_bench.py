@@ -53,6 +53,7 @@ def test_a_model_is_measured_alone_and_busy_and_told_whether_to_split(capsys: py
         (["load", "emoji", "--server", "http://127.0.0.1:9"], "the model is the service's to choose"),
         (["load", "--device", "cpu,cpu"], "one is accepted, or three"),
         (["load", "--size", "64"], "width and height"),
+        (["load", "-o", "nowhere/load.json"], "there is no folder 'nowhere'"),
         (["load", "--param", "steps"], "name=value"),
         (["split", "--steps", "0", "--device", "cpu"], "num_inference_steps"),
     ],

@@ -18,6 +18,7 @@ from triptych.cli.errors import reported
 from triptych.cli.options import MODEL_HELP, Debug, Dtype, Revision, Variant, dtype_spec
 from triptych.cli.output import progress
 from triptych.errors import UsageError
+from triptych.result import check_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,6 +78,8 @@ def bench(
     """
     console = stderr_console()
     with reported(debug), logging_to(console, verbose=False):
+        if output is not None:
+            check_folder(output)
         parameters = {"prompt": prompt, "exact": scenario is Scenario.SPLIT, **dict(parse_parameters(param or []))}
         parameters |= dict(zip(("width", "height"), parse_size(size)))
         if steps is not None:
