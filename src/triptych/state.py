@@ -66,7 +66,7 @@ class State:
         import torch
 
         fields = {
-            name: value.clone_state() if isinstance(value, torch.Generator) else value
+            name: value.clone_state() if type(value) is torch.Generator else value
             for name, value in self.fields.items()
         }
         return replace(self, fields=fields, timings=dict(self.timings))

@@ -1,6 +1,7 @@
 """The batch budget: measured once, kept on disk, and tried out before it is relied on."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +56,21 @@ def test_a_budget_is_measured_by_doubling_and_is_a_multiple_of_one_request(turn:
     assert measured is not None
     copies = measured / sample.size
     assert copies in (1, 2, 4, 8, 16, 32, 64)
+
+
+def test_a_busy_moment_does_not_end_the_measuring(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every forward takes as long whatever its rows, but for a while when the machine has other things to do."""
+    calls: list[int] = []
+
+    def predict(forwards: list[Forward], *, exact: bool) -> list[torch.Tensor]:
+        calls.append(len(forwards))
+        time.sleep(0.2 if 4 <= len(calls) < 10 and len(forwards) > 1 else 0.005)
+        return []
+
+    monkeypatch.setattr(turn.stage, "predict", predict)
+    monkeypatch.setattr(budget, "MOST_ROWS", 16)
+    sample = turn.forwards[0]
+    assert budget.measure(turn.stage, sample, lambda: False) == 16 * sample.size
 
 
 def test_measuring_ends_where_memory_does(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:

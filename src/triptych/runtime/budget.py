@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -24,40 +25,68 @@ GAIN = 1.05
 LONGEST = 5.0
 """Seconds: a forward that takes longer is not made larger."""
 MOST_ROWS = 64
+_TURNS = 10
+"""How often a size is timed, at most."""
+_LONG_ENOUGH = 0.5
+"""Seconds after which a size has been timed often enough, if that was once after its warm-up."""
 
 
 def measure(stage: Denoising, sample: Forward, interrupted: Callable[[], bool]) -> int | None:
     """Return the size (`Forward.size`) beyond which forwards gain nothing from more rows.
 
-    Doubles the sample's rows as long as throughput grows. Returns None where `interrupted` said that there is something
-    better to do.
+    Doubles the sample's rows as long as throughput grows, and once more: a moment in which the machine was busy
+    elsewhere must not settle what is kept for good. Each size is timed in turn with the best so far, and the least
+    seconds count, for the same reason. Returns None where `interrupted` said that there is something better to do.
     """
-    best, budget, copies = 0.0, sample.size, 1
+    best, vain, copies = 1, 0, 2
+    while copies * sample.rows(stage.shared) <= MOST_ROWS and vain < 2:
+        try:
+            least = _compare(stage, sample, (best, copies), interrupted)
+        except (torch.OutOfMemoryError, MemoryError):
+            break
+        if least is None:
+            return None
+        if copies / least[copies] >= best / least[best] * GAIN:
+            best, vain = copies, 0
+        else:
+            vain += 1
+        if least[copies] > LONGEST:
+            break
+        copies *= 2
+    return best * sample.size
+
+
+def _compare(
+    stage: Denoising, sample: Forward, sizes: tuple[int, int], interrupted: Callable[[], bool]
+) -> dict[int, float] | None:
+    """Return the least seconds of forwards that so many copies of a sample share; infinite where it was not timed.
+
+    Ends with the first that takes longer than `LONGEST`. Returns None where it was interrupted.
+    """
     compiled = is_compiled(getattr(stage, sample.component))
-    while copies * sample.rows(stage.shared) <= MOST_ROWS:
-        larger = [replace(sample) for _ in range(copies)]
-        seconds = []
-        for _ in range(3):  # the first warms up
+    least = dict.fromkeys(sizes, math.inf)
+    began = time.perf_counter()
+    for turn in range(_TURNS):
+        for copies in sizes:
             if interrupted():
                 return None
-            began = time.perf_counter()
-            try:
-                stage.predict(larger, exact=False)
-                if stage.device.type != "cpu":
-                    torch.accelerator.synchronize(stage.device)
-            except (torch.OutOfMemoryError, MemoryError):
-                return budget
-            seconds.append(time.perf_counter() - began)
-            if seconds[-1] > LONGEST and (len(seconds) > 1 or not compiled):  # the first may have been compiling
-                break
-        rate = copies / min(seconds)
-        if copies > 1 and rate < best * GAIN:
-            return budget
-        best, budget = rate, copies * sample.size
-        if min(seconds) > LONGEST:
-            return budget
-        copies *= 2
-    return budget
+            seconds = _time(stage, [replace(sample) for _ in range(copies)])
+            if turn or (seconds > LONGEST and not compiled):  # the first warms up, or compiles
+                least[copies] = min(least[copies], seconds)
+                if least[copies] > LONGEST:
+                    return least
+        if turn and time.perf_counter() - began > _LONG_ENOUGH:
+            break
+    return least
+
+
+def _time(stage: Denoising, forwards: list[Forward]) -> float:
+    """Return the seconds that a shared forward takes."""
+    began = time.perf_counter()
+    stage.predict(forwards, exact=False)
+    if stage.device.type != "cpu":
+        torch.accelerator.synchronize(stage.device)
+    return time.perf_counter() - began
 
 
 def rehearse(stage: Denoising, sample: Forward, budget: int) -> int:
