@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -70,7 +71,7 @@ def main() -> int:
         RayEngine(asked.model, dtype="float32", threads=1, batching=False, prompt_cache=0) as ray,
     ):  # fmt: skip
         (replica,) = local.router.replicas
-        serial, beyond, over = measure_serial(replica.model, local, ray, parameters, asked.repeats)  # type: ignore[attr-defined]
+        serial, beyond, over, bounds = measure_serial(replica.model, local, ray, parameters, asked.repeats)  # type: ignore[attr-defined]
         seconds = role_seconds(asked.model, parameters)
         bound = min(1 / max(seconds.values()), cores / sum(seconds.values()))
         pipelined = {
@@ -84,6 +85,7 @@ def main() -> int:
         "beyond the stages' own seconds, ms": {name: value * 1e3 for name, value in beyond.items()},
         "over the whole, ms": {name: (serial[name] - serial["whole"]) * 1e3 for name in ("local", "ray")},
         "p50 of the differences within a turn, ms": {name: value * 1e3 for name, value in over.items()},
+        "its bounds, ms": {name: [value * 1e3 for value in each] for name, each in bounds.items()},
         "role seconds": seconds,
         "bound, requests/s": bound,
         "pipelined, requests/s": pipelined,
@@ -104,10 +106,10 @@ def main() -> int:
 
 def measure_serial(
     whole: triptych.Model, local: Engine, ray: Engine, parameters: dict[str, Any], repeats: int
-) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Return the median seconds of one request, each way; of what no stage took; and of the differences from the whole.
+) -> tuple[dict[str, float], dict[str, float], dict[str, float], dict[str, list[float]]]:
+    """Return the median seconds of one request, each way; of what no stage took; of the differences from the whole.
 
-    The ways take turns.
+    And the bounds of the last. The ways take turns.
     """
     ways: dict[str, Callable[..., Any]] = {"whole": whole.generate, "local": local.generate, "ray": ray.generate}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -124,7 +126,17 @@ def measure_serial(
     for name in ("local", "ray"):
         assert torch.equal(pictures[name], pictures["whole"]), f"{name} made another picture"
     over = {name: [split - whole for split, whole in zip(seconds[name], seconds["whole"])] for name in ("local", "ray")}
-    return tuple({name: statistics.median(each) for name, each in kind.items()} for kind in (seconds, beyond, over))  # type: ignore[return-value]
+    medians = [{name: statistics.median(each) for name, each in kind.items()} for kind in (seconds, beyond, over)]
+    return medians[0], medians[1], medians[2], {name: bounds_of_median(each) for name, each in over.items()}
+
+
+def bounds_of_median(values: list[float]) -> list[float]:
+    """Return between what two of the values the median of all there could be lies, with 95 % confidence.
+
+    Whatever their distribution: how many of n values lie below their median is binomial, n/2 +- 0.98 sqrt(n).
+    """
+    ranked, middle, spread = sorted(values), len(values) / 2, 0.98 * math.sqrt(len(values))
+    return [ranked[max(0, math.floor(middle - spread))], ranked[min(len(values), math.ceil(middle + spread)) - 1]]
 
 
 def role_seconds(model: str, parameters: dict[str, Any], repeats: int = 5) -> dict[str, float]:

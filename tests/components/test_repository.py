@@ -13,8 +13,10 @@ from conftest import TinyRepo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import triptych
+from triptych.components import dtypes
 from triptych.components.blueprint import component_class, draw
-from triptych.components.dtypes import parse_dtype, resolve_dtype
+from triptych.components.dtypes import parse_dtype, resolve_dtype, suited
 from triptych.components.files import FolderFiles, open_files
 from triptych.components.headers import FIRST_READ, read_header
 from triptych.components.need import Need
@@ -27,6 +29,7 @@ from triptych.errors import (
     UnknownDtypeError,
     UsageError,
 )
+from triptych.runtime import model
 
 from .support import CPU, copy, load
 
@@ -447,6 +450,28 @@ def test_a_wrong_dtype_is_the_callers_error(tiny_repo: TinyRepo, dtype: object) 
 @pytest.mark.parametrize(("given_as", "name"), [("BF16", "bfloat16"), (torch.float16, "float16"), (None, "auto")])
 def test_a_dtype_is_understood_under_its_names(tiny_repo: TinyRepo, given_as: object, name: str) -> None:
     assert parse_dtype(given_as, Repository.open(tiny_repo("flux2_klein"))) == {"default": name}
+
+
+def test_a_dtype_that_is_only_emulated_here_is_not_chosen_but_kept_where_it_is_named(
+    tiny_repo: TinyRepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = Repository.open(tiny_repo("flux2_klein", dtype="float16"))
+    asked = parse_dtype({"vae": "float16", "default": "auto"}, repository)
+    for slow, expected in (((), "float16"), (("bfloat16",), "float16"), (("float16", "bfloat16"), "float32")):
+        monkeypatch.setattr(dtypes, "emulated", lambda slow=slow: slow)
+        assert resolve_dtype(repository, "transformer", suited(asked)) == expected
+        assert resolve_dtype(repository, "vae", suited(asked)) == "float16"
+
+
+@pytest.mark.parametrize("slow", [(), ("float16",)])
+def test_a_model_is_loaded_in_a_dtype_that_this_machine_computes_and_says_so(
+    tiny_repo: TinyRepo, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, slow: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(dtypes, "emulated", lambda: slow)
+    monkeypatch.setattr(model, "emulated", lambda: slow)
+    denoiser = triptych.load(tiny_repo("flux2_klein", dtype="float16"), role="denoiser", device="cpu")
+    assert denoiser.components["transformer"].dtype is (torch.float32 if slow else torch.float16)
+    assert ("transformer: loaded as float32" in caplog.text) is bool(slow)
 
 
 def test_models_that_differ_have_other_fingerprints(tiny_repo: TinyRepo, tmp_path: Path) -> None:

@@ -173,6 +173,13 @@ def test_a_replica_of_another_model_is_refused_with_the_difference(
         join(tiny_repo("flux2_klein", is_distilled=True), "denoiser", ray.get_runtime_context().gcs_address, threads=1)
 
 
+def test_a_replica_of_another_dtype_is_refused_with_the_difference(engine: RayEngine, repository: Path) -> None:
+    from triptych.engine.ray_join import join
+
+    with pytest.raises(ReplicaRefusedError, match="its dtype is 'default=bfloat16', the service's 'default=auto'"):
+        join(repository, "denoiser", ray.get_runtime_context().gcs_address, dtype="bfloat16", threads=1)
+
+
 def test_ray_without_authentication_is_refused(repository: Path) -> None:
     code = f"from triptych.engine.ray import RayEngine; RayEngine({str(repository)!r})"
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(Path(triptych.__file__).parents[1])}

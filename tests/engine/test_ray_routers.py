@@ -168,7 +168,7 @@ def test_replicas_without_a_router_are_found_again_or_end(repository: Path, addr
     if REGISTER in named():
         ray.kill(ray.get_actor(REGISTER, namespace=NAMESPACE))
     wait_until(lambda: REGISTER not in named())
-    identity = {"version": triptych.__version__, "fingerprint": triptych.load(repository, role="server").fingerprint}
+    identity = {"version": triptych.__version__, **triptych.load(repository, role="server").identity}
     register = open_register("the test", identity, orphaned=12.0)
     ray.get(register.leave.remote("the test"))
     first = Process(repository, address, "encoder+decoder=1,denoiser=1")

@@ -37,7 +37,8 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         metavar="DTYPE",
-        help="float32, bfloat16, float16 or auto (the checkpoint's); or by component: vae=float32,default=bfloat16.",
+        help="float32, bfloat16, float16 or auto (the checkpoint's; float32 where this CPU only emulates that); or by component: "
+        "vae=float32,default=bfloat16.",
         rich_help_panel="Model",
     ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Union
@@ -13,10 +14,11 @@ if TYPE_CHECKING:
     import torch
 
 DtypeSpec = Union[str, "torch.dtype", Mapping[str, Union[str, "torch.dtype"]]]
-"""`"auto"` (the checkpoint's), a dtype by name, or a mapping from component to either, with a `"default"`."""
+"""`"auto"` (the checkpoint's, see `suited`), a dtype by name, or a mapping from component to either, with a `"default"`."""
 
 _ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
 NAMES = ("float32", "bfloat16", "float16", "float64")
+_WITHOUT = " without "
 HEADER_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
                 "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # fmt: skip
 """A header's floating-point dtypes, under torch's names."""
@@ -45,6 +47,27 @@ def _name(field: str, dtype: object) -> str:
     return name
 
 
+def suited(asked: Mapping[str, str]) -> dict[str, str]:
+    """Return the dtypes asked for, `auto` without those that this machine can only emulate.
+
+    A convolution is tens of times slower then than in float32, which is what such weights are loaded as.
+    """
+    here = _WITHOUT.join(("auto", *emulated()))
+    return {component: here if name == "auto" else name for component, name in asked.items()}
+
+
+@functools.cache
+def emulated() -> tuple[str, ...]:
+    """Return the half-precision dtypes that PyTorch has no fast kernels for on this machine: a CPU without a GPU."""
+    import torch
+
+    if torch.accelerator.is_available() or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return ()
+    kernels = torch.ops.mkldnn
+    known = {"float16": kernels._is_mkldnn_fp16_supported(), "bfloat16": kernels._is_mkldnn_bf16_supported()}
+    return tuple(name for name, fast in known.items() if not fast)
+
+
 def checkpoint_dtype(repository: Repository, component: str) -> str | None:
     """Return the floating-point dtype that most of a component's bytes have, by its headers; None without headers."""
     count: Counter[str] = Counter()
@@ -60,7 +83,7 @@ def resolve_dtype(repository: Repository, component: str, asked: Mapping[str, st
     Raises:
         UnknownDtypeError: it is left to the checkpoint, and no header tells.
     """
-    name = asked.get(component, asked["default"])
+    name, *without = asked.get(component, asked["default"]).split(_WITHOUT)
     if name != "auto":
         return name
     found = checkpoint_dtype(repository, component)
@@ -69,4 +92,4 @@ def resolve_dtype(repository: Repository, component: str, asked: Mapping[str, st
             f"the dtype of {component!r} of {repository.name} cannot be known: it has no safetensors file and no dtype "
             "was given; pass dtype= (or --dtype)"
         )
-    return found
+    return "float32" if found in without else found

@@ -14,8 +14,9 @@ import torch
 
 from triptych.components.acceleration import parse_acceleration
 from triptych.engine.base import Engine
+from triptych.engine.choice import Policy
 from triptych.engine.replica import Handover, Replica, Ticket
-from triptych.engine.router import Policy, Router
+from triptych.engine.router import Router
 from triptych.errors import UsageError
 from triptych.roles import WORKERS, RoleType, role_name
 from triptych.runtime.decoder_lane import DecoderLane

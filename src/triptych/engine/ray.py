@@ -21,6 +21,7 @@ from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayEr
 import triptych
 from triptych.components.acceleration import parse_acceleration
 from triptych.engine.base import Engine
+from triptych.engine.choice import Policy
 from triptych.engine.inbox import LARGEST, Inbox, Order
 from triptych.engine.job import ENDED
 from triptych.engine.local import PROMPT_CACHE
@@ -30,7 +31,7 @@ from triptych.engine.ray_cluster import connect
 from triptych.engine.ray_pools import PoolKeeper
 from triptych.engine.ray_replica import RayReplica
 from triptych.engine.replica import Handover, Ticket
-from triptych.engine.router import Policy, Router
+from triptych.engine.router import Router
 from triptych.errors import ModelError, RemoteError, UsageError, WireError, from_text
 from triptych.roles import RoleType
 from triptych.runtime.model import load
@@ -90,8 +91,7 @@ class RayEngine(Engine):
         self.router = Router(lambda handover: handover.payload.result, policy=policy, max_waiting=max_waiting)
         self.front = load(source, role=RoleType.SERVER, device="cpu", **options)
         self._check_pools(wanted)
-        identity = {"version": triptych.__version__, "fingerprint": self.front.fingerprint}
-        identity |= self.front.accelerated.identity
+        identity = {"version": triptych.__version__, **self.front.identity}
         everywhere = sum(pool.most * ranks_of(pool.roles, options["acceleration"]) for pool in wanted)
         arguments = {
             "source": str(source),

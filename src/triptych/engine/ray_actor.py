@@ -66,7 +66,7 @@ class ReplicaActor:
             torch.set_num_threads(threads)
         ranks, options = with_ranks(source, roles, options, threads)
         model = load(source, role=roles, **options)
-        mine = {"version": triptych.__version__, "fingerprint": model.fingerprint, **model.accelerated.identity}
+        mine = {"version": triptych.__version__, **model.identity}
         if expected is not None and mine != expected:
             raise ReplicaRefusedError(difference(mine, expected))
         if ranks is not None:

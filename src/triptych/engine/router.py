@@ -1,14 +1,14 @@
-"""The router: which replica runs which segment, when, and what happens when one is lost."""
+"""The router: when a segment runs, and what happens when its replica is lost."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
+from triptych.engine.choice import Choice, Policy
 from triptych.engine.cost import Costs, work_of
 from triptych.engine.job import ENDED, Job
 from triptych.engine.replica import Handover, Replica, Ticket
@@ -18,7 +18,6 @@ from triptych.errors import (
     OverloadedError,
     ReplicaLost,
     RequestLostError,
-    UsageError,
     WireError,
 )
 from triptych.result import Result
@@ -26,12 +25,8 @@ from triptych.roles import RoleType
 
 log = logging.getLogger(__name__)
 
-Policy = Literal["predicted", "round_robin", "max_free_slots"]
-POLICIES: tuple[Policy, ...] = ("predicted", "round_robin", "max_free_slots")
 ATTEMPTS = 3
 """Lost attempts after which a request fails; the last of them is made alone."""
-_PROMPTS = 4096
-"""Prompts of which the router remembers where they were encoded."""
 
 
 class Router:
@@ -49,17 +44,13 @@ class Router:
         policy: Policy = "predicted",
         max_waiting: int = 256,
     ) -> None:
-        if policy not in POLICIES:
-            raise UsageError(f"policy={policy!r}: one of {', '.join(POLICIES)} is accepted")
+        self._choice = Choice(policy)
         self.costs = Costs()
         self.max_waiting = max_waiting
         self.replicas: list[Replica] = []
         self._finish = finish
-        self._policy = policy
         self._jobs: dict[Job, dict[str, Any]] = {}  # with their requests' plain parameters
-        self._encoded: OrderedDict[object, str] = OrderedDict()  # prompts, and the encoder that had each last
         self._waiting: list[Ticket] = []
-        self._turn = 0
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
 
@@ -179,7 +170,7 @@ class Router:
         for ticket in list(self._waiting):
             if ticket.role in full and not ticket.alone:
                 continue
-            replica = self._pick(ticket)
+            replica = self._choice.pick(ticket, self.replicas, self._jobs[ticket.job])
             if replica is None:
                 full.add(ticket.role)
                 continue
@@ -198,7 +189,7 @@ class Router:
     def _look_ahead(self, ticket: Ticket) -> list[tuple[Ticket, Replica]]:
         """Reserve replicas that have nothing to do for the job's next segments, so that its state goes straight there."""
         reserved: list[tuple[Ticket, Replica]] = []
-        if ticket.alone or self._policy != "predicted":
+        if ticket.alone or not self._choice.predicts:
             return reserved
         turns = ticket.handover.then
         for number, role in enumerate(turns, 1):
@@ -234,36 +225,6 @@ class Router:
             ahead.after = None
             ahead.replica.tickets.remove(ahead)
             ahead.replica.cancel(ahead)
-
-    def _pick(self, ticket: Ticket) -> Replica | None:
-        """Return the replica that is to run a ticket; None where it is better to wait."""
-        able = [each for each in self.replicas if ticket.role in each.roles and not each.draining]
-        room = [each for each in able if each.has_room(ticket)]
-        if not room:
-            return None
-        if self._policy == "round_robin":
-            self._turn += 1
-            return room[self._turn % len(room)]
-        if self._policy == "max_free_slots" or ticket.alone:
-            return max(room, key=lambda each: each.slots[ticket.role] - each.running(ticket.role))
-        if ticket.role is RoleType.ENCODER and (holder := self._holder(ticket, room)) is not None:
-            return holder
-        # Waiting for the replica that will be free first beats joining the queue of a busy one that has a slot.
-        best = min(able, key=lambda each: (each.backlog, each.name))
-        return best if best in room else None
-
-    def _holder(self, ticket: Ticket, room: list[Replica]) -> Replica | None:
-        """Return the encoder that has this prompt in its cache already, if it has room; note who will have it."""
-        if len(room) < 2:
-            return None
-        parameters = self._jobs[ticket.job]
-        prompt = parameters.get("prompt"), parameters.get("negative_prompt")
-        name = self._encoded.pop(prompt, None)
-        replica = next((each for each in room if each.name == name), min(room, key=lambda each: each.backlog))
-        self._encoded[prompt] = replica.name
-        if len(self._encoded) > _PROMPTS:
-            self._encoded.popitem(last=False)
-        return replica
 
     def _done(self, ticket: Ticket, outcome: Handover | Exception) -> None:
         with self._lock:

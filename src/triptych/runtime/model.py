@@ -14,7 +14,7 @@ import torch
 
 from triptych.components.acceleration import AccelerationSpec, parse_acceleration
 from triptych.components.adapters import Adapters
-from triptych.components.dtypes import DtypeSpec, parse_dtype
+from triptych.components.dtypes import DtypeSpec, checkpoint_dtype, emulated, parse_dtype, resolve_dtype, suited
 from triptych.components.hollow import is_hollow
 from triptych.components.interruption import watch
 from triptych.components.loading import load_component
@@ -48,6 +48,7 @@ class Model:
         adapters: the LoRAs that its components hold; None where the family's pipeline has no loader of them.
         loaded_bytes: bytes of weights held, by component.
         device: where it runs.
+        identity: what has to be the same in all processes that share requests, as text.
     """
 
     def __init__(
@@ -68,9 +69,12 @@ class Model:
         self.components: dict[str, Any] = {}
         self.loaded_bytes: dict[str, int] = {}
         mine = family.stages_of(roles, tasks)
-        dtypes, needs = parse_dtype(dtype, family.repository), family.needs(roles, tasks)
+        named, needs = parse_dtype(dtype, family.repository), family.needs(roles, tasks)
+        dtypes = suited(named)
         asked = parse_acceleration(acceleration, roles)
         self.accelerated = Accelerated(family, roles, needs, asked, tasks, device, dtypes)
+        spelled = ", ".join(f"{component}={name}" for component, name in sorted(named.items()))
+        self.identity = {"fingerprint": self.fingerprint, "dtype": spelled, **self.accelerated.identity}
         self._load(needs, dtypes)
         self.adapters = None if family.loras is None else Adapters(family.oracle, family.repository, self.components)
         self.stages = [self._build(name, stage) for name, stage in mine]
@@ -191,6 +195,19 @@ class Model:
         for component in self.components.values():
             watch(component)
         self._log(needs, time.perf_counter() - began)
+        wider = [name for name in needs if needs[name].weights and self._is_widened(name, dtypes)]
+        if wider:
+            log.warning(
+                "%s: loaded as float32, in more memory, because this CPU only emulates the checkpoint's dtype and is many "
+                "times slower with it; a dtype that is named is kept",
+                ", ".join(wider),
+            )
+
+    def _is_widened(self, name: str, dtypes: Mapping[str, str]) -> bool:
+        """Return whether a component does not have its checkpoint's dtype because that is emulated here."""
+        repository = self.family.repository
+        stored = checkpoint_dtype(repository, name)
+        return stored in emulated() and stored not in (dtypes.get(name), resolve_dtype(repository, name, dtypes))
 
     def _log(self, needs: Mapping[str, Need], seconds: float) -> None:
         """Say once what this role loaded and what it left out."""
@@ -298,7 +315,8 @@ def load(
         source: a folder in the diffusers layout, or a hub id.
         role: `monolithic`, `encoder`, `denoiser`, `decoder`, several joined by `+`, or `server`, which loads no weights.
         device: a torch device, or `auto`.
-        dtype: `auto` (the checkpoint's), a dtype, or a mapping from component to dtype with a `default`.
+        dtype: `auto` (the checkpoint's, or float32 where this machine only emulates that), a dtype, or a mapping from
+            component to dtype with a `default`.
         tasks: load for these tasks only; None for all that the family has.
         revision, variant: as in `from_pretrained`.
         acceleration: what makes the role's models faster or smaller; of several roles, a mapping from role to it.
