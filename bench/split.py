@@ -2,15 +2,17 @@
 
     python bench/split.py                     # the embedded model
     (cd tests && python -m tiny flux2_klein /tmp/klein)
-    python bench/split.py --model /tmp/klein --name klein
-    python bench/split.py --model /tmp/klein --name encode-bound --param num_inference_steps=1
-    python bench/split.py --name decode-bound --param num_inference_steps=1
+    K="--model /tmp/klein --param num_inference_steps=1"
+    python bench/split.py --model /tmp/klein --name klein --param num_inference_steps=4 --param height=256 --param width=256
+    python bench/split.py $K --name encode-bound --param height=64 --param width=64
+    python bench/split.py $K --name decode-bound --param height=512 --param width=512 --param max_sequence_length=32
 
 Serial: p50 of one request after another, run whole, by `LocalEngine` and by three processes over Ray, in turn and each
 time another one first, so that all see the same machine. Limits: whole + 1 ms, and whole + 12 ms. The p50 of the
-differences within a turn is given beside: a machine that others use too changes from minute to minute. Whole and
-`LocalEngine` run the very same weights: where in memory a copy comes to lie makes some percent of the difference
-between two. Over Ray it is another copy; so what a request takes beyond its stages' own seconds is given too.
+differences within a turn is given beside, with the bounds that hold with 95 % confidence: on a machine that others use
+too, a millisecond can be less than what the machine does to either side. Whole and `LocalEngine` run the very same
+weights: where in memory a copy comes to lie makes some percent of the difference between two. Over Ray it is another
+copy; so what a request takes beyond its stages' own seconds is given too.
 
 Pipelining: 16 clients that each ask again as soon as they have their picture, requests kept apart. Against the bound
 min(1 / busiest role's seconds, cores / sum of all roles' seconds), of seconds measured one request at a time in the same
