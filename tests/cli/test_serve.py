@@ -49,7 +49,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--port", "70000"], "--port"),
         (["--max-waiting", "0"], "--max-waiting"),
         (["--policy", "random"], "policy='random': one of predicted, round_robin, max_free_slots is accepted"),
-        (["--denoiser", "abacus"], "device='abacus'"),
+        (["--denoiser", "abacus", "--dtype", "float32"], "device='abacus'"),
         (["--host", "256.0.0.1"], "cannot listen on 256.0.0.1"),
     ],
 )

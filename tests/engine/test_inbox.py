@@ -9,12 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from triptych.engine import inbox
-from triptych.engine.inbox import LARGEST, Inbox, Order, send
+from triptych.engine.inbox import SMALL, Inbox, Order, send
 
 
 class Receiver:
@@ -58,10 +59,45 @@ def test_an_order_and_its_state_arrive_as_they_were(receiver: Receiver) -> None:
     assert arrived.then.then == last
 
 
-def test_the_largest_state_arrives_and_a_larger_one_is_left_to_ray(receiver: Receiver) -> None:
-    assert send(receiver.order(), memoryview(bytes(LARGEST)))
-    assert receiver.taken.get(timeout=5)[2] == LARGEST
-    assert not send(receiver.order(), memoryview(bytes(LARGEST + 1)))
+@pytest.mark.parametrize("size", [SMALL, SMALL + 1, 3_000_001])
+def test_a_state_arrives_whole_in_its_message_or_beside_it(receiver: Receiver, size: int) -> None:
+    data = os.urandom(size)
+    assert send(receiver.order(), memoryview(data))
+    assert receiver.taken.get(timeout=5)[1] == data
+
+
+def test_a_state_that_is_too_large_is_left_to_ray(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox, "LARGEST", 2 * SMALL)
+    assert send(receiver.order(), memoryview(bytes(2 * SMALL)))
+    assert not send(receiver.order(), memoryview(bytes(2 * SMALL + 1)))
+
+
+def test_a_large_state_can_be_written_to_and_leaves_no_memory_behind() -> None:
+    kept: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+    taking = Inbox(lambda order, data: lambda: kept.put(data))
+    sent = bytearray(SMALL + 8)
+    for _ in range(3):
+        assert send(Order("a ticket", inbox=taking.address), memoryview(sent))
+        arrived = kept.get(timeout=5)
+        arrived[:1] = b"x"
+        assert arrived[0] == ord("x") and sent[0] == 0
+        assert states_in_memory() > 0
+        del arrived
+    assert states_in_memory() == 0
+    taking.close()
+
+
+def states_in_memory() -> int:
+    """How many large states this process maps, or holds the descriptors of."""
+    descriptors = [os.readlink(each.path) for each in os.scandir("/proc/self/fd") if os.path.islink(each.path)]
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    return sum("triptych-state" in line for line in (*descriptors, *mapped))
+
+
+def test_a_large_state_that_is_refused_leaves_no_memory_behind(receiver: Receiver) -> None:
+    receiver.open = False
+    assert not send(receiver.order(), memoryview(bytes(SMALL + 1)))
+    assert states_in_memory() == 0
 
 
 def test_a_state_is_aligned_as_the_wire_form_needs_it(receiver: Receiver) -> None:

@@ -253,7 +253,8 @@ def test_the_requests_of_others_are_seen_on_their_way(page: Any, server: Caller)
     assert page.locator(".card .cancel").count() == 0
     assert "1 request on the way" in page.inner_text("#queue")
     assert re.search(r"1\s*/\s*\d+", page.inner_text(".denoiser .load"))
-    assert "23.6 MB" in page.inner_text(".denoiser .replicas") and "23.6 MB" in page.inner_text("#totals")
+    held = re.search(r"23\.6 MB|47\.3 MB", page.inner_text("#totals"))  # as float32 where float16 is only emulated
+    assert held and held[0] in page.inner_text(".denoiser .replicas")
     server.post(request["links"]["cancel"])
     page.wait_for_selector(".card", state="detached")
 

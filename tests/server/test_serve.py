@@ -28,7 +28,7 @@ def process(tmp_path: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     variables = {"PYTHONPATH": str(Path(triptych.__file__).parents[1]), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     started = subprocess.Popen(
         [sys.executable, "-m", "triptych", "serve", "--port", "0", "--encoder", "cpu", "--denoiser", "cpu"]
-        + ["--decoder", "cpu", "--no-warm-up", *arguments],
+        + ["--decoder", "cpu", "--dtype", "float32", "--no-warm-up", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -45,7 +45,7 @@ def ready(started: subprocess.Popen[str]) -> str:
     """Wait for the line that says where it serves; returns the URL."""
     assert started.stdout is not None
     line = started.stdout.readline()
-    found = re.fullmatch(r"Triptych serves emoji-64 on (http://127\.0\.0\.1:\d+) \(.*23\.6 MB loaded\)\n", line)
+    found = re.fullmatch(r"Triptych serves emoji-64 on (http://127\.0\.0\.1:\d+) \(.*47\.3 MB loaded\)\n", line)
     assert found, (line, started.stderr.read() if started.stderr else "")
     return found[1]
 

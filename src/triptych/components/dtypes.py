@@ -93,3 +93,9 @@ def resolve_dtype(repository: Repository, component: str, asked: Mapping[str, st
             "was given; pass dtype= (or --dtype)"
         )
     return "float32" if found in without else found
+
+
+def is_widened(repository: Repository, component: str, asked: Mapping[str, str]) -> bool:
+    """Return whether a component does not have its checkpoint's dtype because this machine only emulates that."""
+    _, *without = asked.get(component, asked["default"]).split(_WITHOUT)
+    return checkpoint_dtype(repository, component) in without

@@ -1,23 +1,32 @@
-"""How small states go straight from one process to another on the same machine: through a local socket."""
+"""How states go straight from one process to another on the same machine: through a local socket.
+
+A small state is part of the message. A larger one lies in memory without a name (`memfd_create`) that the message passes
+on: the kernel frees it with the last process that holds it, so nothing of a killed one is left.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import mmap
 import os
 import secrets
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
 log = logging.getLogger(__name__)
 
-LARGEST = 65_536
-"""Bytes of a state up to which it is sent this way; larger ones lie in Ray's object store, where nobody copies them."""
-_ROOM = 2 * LARGEST
+LARGEST = 64 * 2**20
+"""Bytes of a state up to which it is sent this way; larger ones lie in Ray's object store, which keeps them anyway."""
+SMALL = 65_536
+"""Bytes of a state up to which it is part of its message."""
+_ROOM = 2 * SMALL
 """Bytes of a whole message; Linux takes some more."""
 PATIENCE = 2.0
 """Seconds that either side waits for the other."""
@@ -97,9 +106,11 @@ class Inbox:
                 return
             sender.settimeout(PATIENCE)
             try:
-                message = memoryview(sender.recv(_ROOM))
-                end = _HEAD.size + _HEAD.unpack_from(message)[0]
-                begin = self._receive(_read(bytes(message[_HEAD.size : end])), message[end:])
+                message, held, _, _ = socket.recv_fds(sender, _ROOM, 1)
+                with _closing(held):
+                    end = _HEAD.size + _HEAD.unpack_from(message)[0]
+                    data = _mapped(held[0]) if held else memoryview(message)[end:]
+                    begin = self._receive(_read(message[_HEAD.size : end]), data)
                 sender.send(_REFUSED if begin is None else _TAKEN)
             except BrokenPipeError:  # it does not want to know
                 pass
@@ -120,19 +131,56 @@ def send(order: Order, data: memoryview, *, wait: bool = True) -> bool:
     """
     if order.inbox is None or len(data) > LARGEST:
         return False
+    inside = len(data) <= SMALL
     head = json.dumps(asdict(order), separators=(",", ":")).encode("ascii")
     head += b" " * (-len(head) % 8)
-    if len(head) > LARGEST:
+    if len(head) > SMALL:
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as receiver:
         receiver.settimeout(2 * PATIENCE if wait else 0)
         try:
             receiver.connect(order.inbox)
-            receiver.sendmsg((_HEAD.pack(len(head)), head, data))
+            if inside:
+                receiver.sendmsg((_HEAD.pack(len(head)), head, data))
+            else:
+                with _closing([memory := _stored(data)]):
+                    socket.send_fds(receiver, (_HEAD.pack(len(head)), head), [memory])
             return wait and receiver.recv(1) == _TAKEN
         except OSError as error:
             log.info("a state could not be sent directly (%s): it goes through Ray", error)
             return False
+
+
+def _stored(data: memoryview) -> int:
+    """Return the descriptor of memory that holds `data`, for good.
+
+    Raises:
+        OSError: there is none left.
+    """
+    memory = os.memfd_create("triptych-state", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        written = 0
+        while written < len(data):
+            written += os.write(memory, data[written:])
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except BaseException:
+        os.close(memory)
+        raise
+    return memory
+
+
+def _mapped(memory: int) -> memoryview:
+    """Return the bytes that a descriptor's memory holds. What is written there is seen by this process alone."""
+    return memoryview(mmap.mmap(memory, 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE))
+
+
+@contextmanager
+def _closing(held: list[int]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for each in held:
+            os.close(each)
 
 
 def _read(head: bytes) -> Order:

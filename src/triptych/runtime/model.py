@@ -14,7 +14,7 @@ import torch
 
 from triptych.components.acceleration import AccelerationSpec, parse_acceleration
 from triptych.components.adapters import Adapters
-from triptych.components.dtypes import DtypeSpec, checkpoint_dtype, emulated, parse_dtype, resolve_dtype, suited
+from triptych.components.dtypes import DtypeSpec, is_widened, parse_dtype, suited
 from triptych.components.hollow import is_hollow
 from triptych.components.interruption import watch
 from triptych.components.loading import load_component
@@ -195,19 +195,13 @@ class Model:
         for component in self.components.values():
             watch(component)
         self._log(needs, time.perf_counter() - began)
-        wider = [name for name in needs if needs[name].weights and self._is_widened(name, dtypes)]
+        wider = [name for name in needs if needs[name].weights and is_widened(repository, name, dtypes)]
         if wider:
             log.warning(
                 "%s: loaded as float32, in more memory, because this CPU only emulates the checkpoint's dtype and is many "
                 "times slower with it; a dtype that is named is kept",
                 ", ".join(wider),
             )
-
-    def _is_widened(self, name: str, dtypes: Mapping[str, str]) -> bool:
-        """Return whether a component does not have its checkpoint's dtype because that is emulated here."""
-        repository = self.family.repository
-        stored = checkpoint_dtype(repository, name)
-        return stored in emulated() and stored not in (dtypes.get(name), resolve_dtype(repository, name, dtypes))
 
     def _log(self, needs: Mapping[str, Need], seconds: float) -> None:
         """Say once what this role loaded and what it left out."""
