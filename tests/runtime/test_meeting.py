@@ -8,6 +8,7 @@ from contextvars import ContextVar
 import pytest
 import torch
 
+from triptych.runtime import pace
 from triptych.runtime.meeting import Meeting
 from triptych.runtime.pace import LONGEST
 
@@ -262,6 +263,26 @@ def test_a_new_kind_of_call_is_tried_with_more_rows_when_there_is_nothing_else_t
     assert model.rows[-1] == 16, "no request has to be a trial"
     assert meeting.worth == 16
     assert not meeting.eager
+    meeting.close()
+
+
+class Computing(Model):
+    """A model whose calls take as long for each row."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        compute(0.02 * len(input))
+        return super().forward(input)
+
+
+@pytest.mark.parametrize(("longest", "most"), [(LONGEST, 16), (0.05, 4)])
+def test_where_more_rows_gain_nothing_the_most_are_tried_once_so_that_memory_is_at_its_highest(
+    monkeypatch: pytest.MonkeyPatch, longest: float, most: int
+) -> None:
+    monkeypatch.setattr(pace, "LONGEST", longest)
+    model, meeting = Computing(), Meeting(CPU)
+    meeting.run([Asking(model, torch.randn(1, 3)) for _ in range(2)], [model])
+    rehearse_all(meeting)
+    assert (max(model.rows), model.rows.count(most)) == (most, 1)
     meeting.close()
 
 

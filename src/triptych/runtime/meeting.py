@@ -125,13 +125,16 @@ class Meeting:
     def rehearse(self) -> None:
         """Make one trial call of such a kind, with the rows of one repeated; for when there is nothing else to do.
 
-        So requests need not be the trials, and memory is at its highest early on, not from some busy hour on.
+        So requests need not be the trials. The last is the largest that there may ever be, whether it will be worth it or
+        not: memory is at its highest early on then, not from some busy hour on.
         """
         pace, call = self._new[0]
-        each = call.rows or 1
-        copies = max(1, pace.aim // each)
-        if pace.settled or copies * each > self._fitting(pace):
+        each, settled = call.rows or 1, pace.settled
+        copies = max(1, (pace.most if settled else pace.aim) // each)
+        fits = copies * each <= self._fitting(pace)
+        if settled or not fits:
             self._new.popleft()
+        if not fits or (settled and copies * each <= pace.aim):
             return
         with torch.no_grad():
             self._run(pace, [call] * copies, copies * each)

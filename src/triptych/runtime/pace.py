@@ -49,6 +49,15 @@ class Pace:
         return self._search()[1]
 
     @property
+    def most(self) -> int:
+        """The rows that a call may ever have, by the least that a row took: what would take too long is never tried."""
+        fastest = min((min(each) for each in self._seconds.values() if each), default=LONGEST)
+        rows = 1
+        while 2 * rows <= self.limit and rows * fastest <= LONGEST:
+            rows *= 2
+        return rows if self.fixed is None else self.fixed
+
+    @property
     def worth(self) -> int:
         """The rows to wait together: `aim`, and as long as nothing is known enough to try one more row than one."""
         aim, settled = self._search()
