@@ -3,9 +3,10 @@
     python bench/level.py                       # LocalEngine, 5,000 requests
     python bench/level.py --engine ray
 
-One step each, 16 at a time, prompts that repeat, the prompt cache small enough to be full before the 1,000th. Limit: the
-resident memory of every process, from the 1,000th request to the last, stays within 5 %. Writes
-bench/results/level.json; exits 1 where it does not.
+One step each, 16 at a time, prompts that repeat, the prompt cache small enough to be full before the 1,000th. Begins when
+the denoiser has measured how much its forwards may share, which it does when it is idle. Limit: the resident memory of
+every process, from the 1,000th request to the last, stays within 5 %. Writes bench/results/level.json; exits 1 where it
+does not.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from triptych import embedded
 from triptych.bench.load import closed_loop
 from triptych.engine.base import Engine
-from triptych.roles import WORKERS
+from triptych.roles import WORKERS, RoleType
 
 RESULTS = Path(__file__).parent / "results" / "level.json"
 CLIENTS = 16
@@ -43,6 +44,7 @@ def main() -> int:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     with open_engine(asked.engine) as engine:
+        wait_until_measured(engine)
         samples = run(engine, asked.requests, max(100, asked.requests // 50))
     settled = {number: each for number, each in samples.items() if number >= asked.since}
     first = settled[min(settled)]
@@ -74,6 +76,15 @@ def open_engine(kind: str) -> Engine:
         embedded.path(), dtype="float32", encoder="cpu", denoiser="cpu", decoder="cpu", threads=threads,
         prompt_cache=CACHE,
     )  # fmt: skip
+
+
+def wait_until_measured(engine: Engine, patience: float = 120.0) -> None:
+    """Wait until the denoisers know their budgets."""
+    denoisers = [each for each in engine.router.replicas if RoleType.DENOISER in each.roles]
+    deadline = time.monotonic() + patience
+    while any(each.describe()["budget"] is None for each in denoisers):
+        assert time.monotonic() < deadline, "no budget was measured"
+        time.sleep(0.1)
 
 
 def run(engine: Engine, requests: int, every: int) -> dict[int, dict[str, int]]:
