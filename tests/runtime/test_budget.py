@@ -73,6 +73,15 @@ def test_a_busy_moment_does_not_end_the_measuring(turn: Turn, monkeypatch: pytes
     assert budget.measure(turn.stage, sample, lambda: False) == 16 * sample.size
 
 
+def test_a_forward_that_takes_too_long_is_not_taken_for_a_gain(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "LONGEST", 0.15)
+    monkeypatch.setattr(
+        turn.stage, "predict", lambda forwards, *, exact: time.sleep(0.05 if len(forwards) == 1 else 0.3)
+    )
+    sample = turn.forwards[0]
+    assert budget.measure(turn.stage, sample, lambda: False) == sample.size
+
+
 def test_measuring_ends_where_memory_does(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "GAIN", 0.0)  # else noise might end it before
     tried = most_rows(monkeypatch, turn.stage, 4)

@@ -55,7 +55,7 @@ class Pace:
         rows = 1
         while 2 * rows <= self.limit and rows * fastest <= LONGEST:
             rows *= 2
-        return rows if self.fixed is None else self.fixed
+        return rows
 
     @property
     def worth(self) -> int:
