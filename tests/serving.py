@@ -110,6 +110,16 @@ def idle() -> bool:
     return True
 
 
+def settled(service: Service) -> bool:
+    """Whether every request of a server has ended, waiting a moment: its loop hears of an end after the engine."""
+    end = time.monotonic() + 10
+    while service.records.unfinished():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True
+
+
 @contextmanager
 def served(limits: Limits | None = None, serves: Engine | None = None) -> Iterator[Caller]:
     """Serve for a while; what is still running at the end is cancelled."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from rich.console import Console
-from serving import Caller, engine, idle
+from serving import Caller, engine, idle, settled
 
 import triptych
 from triptych import embedded
@@ -190,7 +190,7 @@ def test_ctrl_c_takes_the_request_back(caller: Caller, tmp_path: Path) -> None:
     assert process.wait(timeout=20) == 130
     assert process.stderr.read().splitlines()[-1] == "interrupted"
     assert idle()
-    assert len(caller.service.records) == 0 or not caller.service.records.unfinished()
+    assert settled(caller.service)
     assert os.listdir() == []
 
 

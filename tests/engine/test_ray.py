@@ -80,6 +80,12 @@ def test_replicas_load_only_their_own_weights(engine: RayEngine, whole: triptych
         assert 0 < replica.told["loaded_bytes"] < total
 
 
+def test_replicas_do_not_give_way_to_whatever_else_runs(engine: RayEngine) -> None:
+    wait_until(lambda: all_ready(engine))
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    assert {os.getpriority(os.PRIO_PROCESS, each.told["pid"]) for each in engine.replicas} == {mine}
+
+
 @pytest.mark.parametrize("pool", ["encoder", "denoiser", "decoder"])
 def test_a_killed_role_loses_no_request_and_comes_back(engine: RayEngine, whole: triptych.Model, pool: str) -> None:
     wait_until(lambda: all_ready(engine))

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from filming import Client
-from serving import Caller, engine, idle
+from serving import Caller, engine, idle, settled
 
 from triptych.engine.base import Engine
 from triptych.engine.job import Job
@@ -51,7 +51,7 @@ def test_pictures_that_nobody_waits_for_are_stopped(caller: Caller, more: dict[s
     leave_within(caller.url, "/v1/images/generations", {**PICTURE, **more}, caller.service)
     assert idle()
     assert not engine().router.replicas[0].tickets
-    assert not caller.service.records.unfinished()
+    assert settled(caller.service)
 
 
 def test_videos_that_nobody_waits_for_are_stopped(filmer: Client, wan: Engine) -> None:
@@ -60,7 +60,7 @@ def test_videos_that_nobody_waits_for_are_stopped(filmer: Client, wan: Engine) -
     while len(wan.router):
         assert time.monotonic() < end
         time.sleep(0.01)
-    assert not filmer.service.records.unfinished()
+    assert settled(filmer.service)
 
 
 def test_a_picture_that_waits_for_its_turn_is_taken_out_of_the_queue(

@@ -284,6 +284,13 @@ class RayEngine(Engine):
             replica.told = told
             replica.state = "ready"
             log.info("replica %s is ready: %.1f MB on %s", replica.name, told["loaded_bytes"] / 1e6, told["device"])
+            if told["niceness"] > 0:
+                log.warning(
+                    "replica %s gets only what the rest of its machine leaves it (niceness %d): start Ray there with "
+                    "RAY_worker_niceness=0",
+                    replica.name,
+                    told["niceness"],
+                )
             self.router.add(replica)
         elif replica.state == "ready":
             replica.hear(told)

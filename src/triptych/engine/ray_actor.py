@@ -92,6 +92,7 @@ class ReplicaActor:
             **self._identity,
             "hops": dict(self._hops),
             "pid": os.getpid(),
+            "niceness": os.getpriority(os.PRIO_PROCESS, 0),
             "node": ray.get_runtime_context().get_node_id(),
             "host": socket.gethostname(),
             "inbox": self._inbox.address,

@@ -74,6 +74,7 @@ def _start(address: str | None) -> bool:
     }
     if address is None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a replica without GPUs sees none
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else replicas get next to nothing of a core that others use
         try:
             # "local", or Ray would join whatever cluster it finds on this machine, or in RAY_ADDRESS.
             ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **options)

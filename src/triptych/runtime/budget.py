@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from triptych.components.switches import is_compiled
+from triptych.runtime import streams
 from triptych.stages.denoising import Denoising, Forward
 
 log = logging.getLogger(__name__)
@@ -84,8 +85,7 @@ def _time(stage: Denoising, forwards: list[Forward]) -> float:
     """Return the seconds that a shared forward takes."""
     began = time.perf_counter()
     stage.predict(forwards, exact=False)
-    if stage.device.type != "cpu":
-        torch.accelerator.synchronize(stage.device)
+    streams.wait(stage.device)
     return time.perf_counter() - began
 
 
@@ -98,6 +98,7 @@ def rehearse(stage: Denoising, sample: Forward, budget: int) -> int:
     while copies > 1:
         try:
             stage.predict([replace(sample) for _ in range(copies)], exact=False)
+            streams.wait(stage.device)
         except (torch.OutOfMemoryError, MemoryError):
             log.warning("%d requests in one forward do not fit into memory: half of them are tried", copies)
             budget = (copies := copies // 2) * sample.size

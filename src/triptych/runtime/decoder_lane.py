@@ -78,7 +78,7 @@ class DecoderLane(Lane):
             if self._closing:
                 raise Cancelled("the lane is closed")
             assert work.progress is not None
-            with self.exclusive:
+            with self._exclusively():
                 next(work.progress)
             self.put(work)
         except StopIteration:

@@ -6,13 +6,14 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
 from triptych.errors import Cancelled, DeadlineExceeded, TriptychError
+from triptych.runtime import streams
 from triptych.runtime.meeting import KINDS, Meeting
 from triptych.runtime.model import Model
 from triptych.runtime.pace import Appetite
@@ -99,6 +100,7 @@ class Lane:
         self._closing = False
         self._meeting = None if rows == 0 else Meeting(model.device, rows)
         self._appetites: dict[object, Appetite] = {}
+        self._stream = streams.open_stream(model.device)
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
         self._thread.start()
 
@@ -125,7 +127,17 @@ class Lane:
     def _live(self) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)  # of this thread: OpenMP counts by the thread that starts a region
+        streams.enter(self._stream)
         self._loop()
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        """Let no other lane use what they share, until the device has done what is asked of it meanwhile."""
+        with self.exclusive:
+            try:
+                yield
+            finally:
+                streams.wait(self.model.device)
 
     def _take(self, wait: bool) -> deque[Work] | None:
         """Return what has arrived, waiting for it if need be; None when the lane is closed and nothing is left."""
@@ -138,7 +150,7 @@ class Lane:
     def _loop(self) -> None:
         while True:
             while self._meeting is not None and self._meeting.eager and not self._waiting and not self._closing:
-                with self.exclusive:
+                with self._exclusively():
                     self._meeting.rehearse()
             with self._wake:
                 self._wake.wait_for(lambda: self._waiting or self._closing)
@@ -202,7 +214,7 @@ class Lane:
         before = [sum(state.timings.values()) for state in states]
         self._meeting.worth = None
         try:
-            with self.exclusive:
+            with self._exclusively():
                 checks = [work.check for work in going]
                 errors = run_together(
                     self.model.family.recipe, self.model.stages, states, self.model.device, checks, self._meeting
@@ -223,7 +235,7 @@ class Lane:
         began = time.perf_counter()
         try:
             work.check()
-            with self.exclusive:
+            with self._exclusively():
                 finish(self.model.segment(work.state, work.report, work.check))
             outcome = work.state
         except Exception as error:  # noqa: BLE001 (it is the request's end, not the lane's)
@@ -233,8 +245,12 @@ class Lane:
 
     def _settle(self, work: Work, outcome: State | Exception) -> None:
         """Tell of a work's end, once the device has done what was asked of it."""
-        if self.model.device.type != "cpu":
-            torch.accelerator.synchronize(self.model.device)
+        try:
+            streams.wait(self.model.device)
+        except RuntimeError as error:  # something it was asked for before has failed
+            outcome = error
+        if isinstance(outcome, State) and outcome.next_role is None:
+            streams.release(outcome.fields, self.model.device)
         if isinstance(outcome, Exception):
             if not isinstance(outcome, TriptychError):
                 log.error("%s: a request failed", self.name, exc_info=outcome)

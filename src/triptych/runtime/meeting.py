@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from triptych.runtime import streams
 from triptych.runtime.pace import MOST_ROWS, Pace
 from triptych.runtime.rows import Call, own, run_joined
 
@@ -145,10 +146,8 @@ class Meeting:
         if self._threads is None or self._places < len(parts):
             self.close()
             self._places = max(len(parts), MOST_ROWS)  # a part without a thread would hold up all the others
-            many = torch.get_num_threads()  # counted by thread: those of the pool compute like the caller's
-            self._threads = ThreadPoolExecutor(
-                self._places, "meeting", initializer=torch.set_num_threads, initargs=(many,)
-            )
+            alike = streams.like_this_thread(self.device)
+            self._threads = ThreadPoolExecutor(self._places, "meeting", initializer=alike)
         guests = [Guest(part, self._threads) for part in parts]
         with _stopping([each for each in modules if not self._is_compiled(each)]):
             awake = guests
@@ -231,7 +230,7 @@ class Meeting:
         """Return the time, and a time that others do not delay: on a CPU, whose cores lanes share, this thread's own."""
         if self.device.type == "cpu":
             return time.perf_counter(), time.thread_time()
-        torch.accelerator.synchronize(self.device)
+        streams.wait(self.device)
         now = time.perf_counter()
         return now, now
 

@@ -12,7 +12,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving import Caller, engine, idle, served
+from serving import Caller, engine, idle, served, settled
 
 from triptych.engine.local import LocalEngine
 from triptych.server.limits import Limits
@@ -195,7 +195,7 @@ def test_a_caller_that_leaves_stops_its_request_within_a_step(caller: Caller, st
     left = time.monotonic()
     assert idle()
     assert time.monotonic() - left < 5, "it would have taken a minute"
-    assert not caller.service.records.unfinished()
+    assert settled(caller.service)
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [

@@ -1,0 +1,55 @@
+"""Streams: each lane has its device do things in an order of its own, beside what other lanes have it do.
+
+What one lane has computed, another may use at once, because a lane waits for its device before it hands anything on; and
+nothing that came from another lane is let go before that either, since its memory could be given away while it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+
+def open_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Return a stream for a lane on a device, once what the device was given before is done; None on other than CUDA."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)  # the weights are on their way there
+    return torch.cuda.Stream(device)
+
+
+def enter(stream: torch.cuda.Stream | None) -> None:
+    """Let this thread compute on a stream from now on, and on its device where none is named."""
+    if stream is not None:
+        torch.cuda.set_stream(stream)
+
+
+def wait(device: torch.device) -> None:
+    """Wait until a device has done what this thread asked of it."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    elif device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def like_this_thread(device: torch.device) -> Callable[[], None]:
+    """Return what lets another thread compute as this one does: on as many CPU threads, and on the same stream."""
+    threads = torch.get_num_threads()
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def become() -> None:
+        torch.set_num_threads(threads)
+        enter(stream)
+
+    return become
+
+
+def release(outputs: Any, device: torch.device) -> None:
+    """Let tensors leave the lanes: whoever gets them computes with them on the device's usual stream, when he likes."""
+    if device.type == "cuda":
+        for each in tree_leaves(outputs):
+            if isinstance(each, torch.Tensor) and each.is_cuda:
+                each.record_stream(torch.cuda.default_stream(each.device))
