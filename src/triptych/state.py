@@ -61,6 +61,14 @@ class State:
         parameters = {name: value for name, value in told.items() if value is not None}
         return Result(**outputs, seed=self.fields["seed"], timings=dict(self.timings), parameters=parameters)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, lists and dicts included."""
+        import torch
+        from torch.utils._pytree import tree_leaves
+
+        return sum(each.nbytes for each in tree_leaves(self.fields) if isinstance(each, torch.Tensor))
+
     def copy(self) -> State:
         """Return a state that can be run without changing this one; tensors are shared, the random state is not."""
         import torch

@@ -26,6 +26,8 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--engine", "local", "--disagg-role", "server"], "--disagg-role needs Ray"),
         (["--engine", "local", "--denoiser-gpus", "2"], "--denoiser-gpus needs Ray"),
         (["--disagg-role", "encoder", "--address", "here:1", "--denoiser-gpus", "2"], "this command adds no denoiser"),
+        (["--engine", "local", "--transport", "nixl"], "--transport needs Ray"),
+        (["--disagg-role", "encoder", "--address", "here:1", "--transport", "nixl"], "uses the service's"),
         (["--denoiser-ulysses", "2"], "ranks are processes of their own; serve with --pools"),
         (
             ["--engine", "ray", "--denoiser", "cuda:0"],
@@ -122,6 +124,10 @@ def test_devices_threads_and_switches_reach_the_local_engine(engines: Any) -> No
         (["--pools", "denoiser=2", "--threads", "2"], {"address": None, "pools": "denoiser=2", "threads": 2}),
         (["--address", "here:1"], {"address": "here:1"}),
         (["--denoiser-gpus", "2"], {"address": None, "gpus": {RoleType.DENOISER: 2}}),
+        (
+            ["--pools", "denoiser=2", "--transport", "nixl"],
+            {"address": None, "pools": "denoiser=2", "transport": "nixl"},
+        ),
         (["--disagg-role", "server", "--address", "here:1"], {"address": "here:1", "pools": None}),
     ],
 )

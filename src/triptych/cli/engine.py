@@ -15,6 +15,7 @@ def choose_engine(
     address: str | None,
     disagg_role: str | None,
     denoiser_gpus: float | None = None,
+    transport: str | None = None,
 ) -> bool:
     """Return whether the options ask for Ray.
 
@@ -25,6 +26,7 @@ def choose_engine(
         raise UsageError(f"--engine {engine!r}: local or ray is accepted")
     of_ray = {
         "--pools": pools, "--address": address, "--disagg-role": disagg_role, "--denoiser-gpus": denoiser_gpus,
+        "--transport": transport,
     }  # fmt: skip
     of_local = {**{f"--{role}": device for role, device in devices.items()}, "--slots": slots}
     ray = next((option for option, value in of_ray.items() if value is not None), None)

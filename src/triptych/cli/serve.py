@@ -156,6 +156,14 @@ def serve(
             rich_help_panel=_RAY,
         ),
     ] = None,
+    transport: Annotated[
+        str | None,
+        typer.Option(
+            metavar="host | nixl",
+            help="How large states go from replica to replica: through main memory, or from card to card by NIXL.",
+            rich_help_panel=_RAY,
+        ),
+    ] = None,
     threads: Annotated[
         str | None,
         typer.Option(
@@ -217,7 +225,7 @@ def serve(
         if ssl_keyfile is not None and ssl_certfile is None:
             raise UsageError("--ssl-keyfile: it belongs to a certificate; give --ssl-certfile too")
         devices = {"encoder": encoder, "denoiser": denoiser, "decoder": decoder}
-        on_ray = choose_engine(engine, devices, slots, pools, address, disagg_role, denoiser_gpus)
+        on_ray = choose_engine(engine, devices, slots, pools, address, disagg_role, denoiser_gpus, transport)
         role = None if disagg_role is None else RoleType(disagg_role)
         if role is RoleType.MONOLITHIC:
             raise UsageError("--disagg-role monolithic: a whole model is a pool of its own: --pools monolithic=1")
@@ -227,6 +235,10 @@ def serve(
             raise UsageError(f"--denoiser-gpus: this command adds no denoiser, but --disagg-role {role}")
         if role is not None and pools is not None:
             raise UsageError("--disagg-role: --pools belongs to the command that starts the cluster")
+        if role in WORKERS and transport is not None:
+            raise UsageError(
+                f"--transport: a replica that is added uses the service's; leave it out of --disagg-role {role}"
+            )
         options: dict[str, Any] = {
             "dtype": dtype_spec(dtype),
             "tasks": tasks or None,
@@ -276,6 +288,8 @@ def serve(
                 chosen: dict[str, Any] = {} if pools is None and role is None else {"pools": pools}
                 if denoiser_gpus is not None:
                     chosen["gpus"] = {RoleType.DENOISER: denoiser_gpus}
+                if transport is not None:
+                    chosen["transport"] = transport
                 return RayEngine(source, address=address, connecting=connecting, **chosen, **options, **routing)
             from triptych.engine.local import LocalEngine
 

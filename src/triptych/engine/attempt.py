@@ -14,17 +14,18 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from triptych.engine.direct import Placed
     from triptych.runtime.lanes import Lane, Work
     from triptych.state import State
 
-Answer: TypeAlias = "tuple[dict[str, Any], npt.NDArray[np.uint8]]"
+Answer: TypeAlias = "tuple[dict[str, Any], npt.NDArray[np.uint8] | Placed]"
 
 
 class Attempt:
     """A ticket that is begun by whatever brings its state first, and whose answer the router asks for.
 
     Attributes:
-        answer: what became of it, and the state after it in its wire form; empty where it failed.
+        answer: what became of it, and the state after it in its wire form, or where it lies; empty where it failed.
         asked: whether the router has asked.
         progress: the stage, the step and the steps in all; None before the first.
         previews: the pictures on the way that were made so far: step, steps, PNG.

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TRANSPORTS = ("host", "nixl")
 PULSE = 0.5
 """Seconds between two looks at every replica."""
 
@@ -59,6 +60,8 @@ class RayEngine(Engine):
         threads: CPU threads of each replica; by default the machine's, divided among the replicas.
         gpus: to reserve for each replica, by role; by default one, or one for each of its ranks, where the cluster has
             any.
+        transport: how states that are too large to be sent at once go from replica to replica: through the `host`'s memory
+            and Ray's object store, or from card to card by `nixl`, which every machine needs then.
         faults: for tests of recovery: `corrupt`, the share of hand-overs in which a bit is flipped.
 
     The others are `LocalEngine`'s.
@@ -78,6 +81,7 @@ class RayEngine(Engine):
         acceleration: AccelerationSpec = None,
         threads: int | None = None,
         gpus: dict[RoleType, float] | None = None,
+        transport: str = "host",
         policy: Policy = "predicted",
         max_waiting: int = 256,
         prompt_cache: int = PROMPT_CACHE,
@@ -91,7 +95,9 @@ class RayEngine(Engine):
         self.router = Router(lambda handover: handover.payload.result, policy=policy, max_waiting=max_waiting)
         self.front = load(source, role=RoleType.SERVER, device="cpu", **options)
         self._check_pools(wanted)
-        identity = {"version": triptych.__version__, **self.front.identity}
+        if transport not in TRANSPORTS:
+            raise UsageError(f"transport={transport!r}: {' or '.join(TRANSPORTS)} is accepted")
+        identity = {"version": triptych.__version__, "transport": transport, **self.front.identity}
         everywhere = sum(pool.most * ranks_of(pool.roles, options["acceleration"]) for pool in wanted)
         arguments = {
             "source": str(source),

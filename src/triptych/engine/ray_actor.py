@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from triptych.engine.attempt import Attempt
+    from triptych.engine.direct import Placed
     from triptych.engine.inbox import Order
+    from triptych.state import State
 
 
 _REMEMBERED = 256
@@ -35,7 +37,8 @@ class ReplicaActor:
     Args:
         source, roles, options: what `triptych.load` is to load.
         faults: for tests of recovery; see `RayEngine`.
-        expected: version and fingerprint that this replica must have; None for any.
+        expected: version, fingerprint and the like that this replica must have, and the service's `transport`; None for
+            any.
         threads: CPU threads of each lane; None for PyTorch's default.
     """
 
@@ -57,6 +60,7 @@ class ReplicaActor:
             os.environ["OMP_NUM_THREADS"] = str(threads)  # read once, when torch is imported
         import torch
 
+        from triptych.engine.direct import check_nixl
         from triptych.engine.inbox import Inbox
         from triptych.engine.local import LanesReplica
         from triptych.engine.ranks import with_ranks
@@ -66,9 +70,16 @@ class ReplicaActor:
             torch.set_num_threads(threads)
         ranks, options = with_ranks(source, roles, options, threads)
         model = load(source, role=roles, **options)
-        mine = {"version": triptych.__version__, **model.identity}
+        mine = {
+            "version": triptych.__version__,
+            "transport": (expected or {}).get("transport", "host"),
+            **model.identity,
+        }
         if expected is not None and mine != expected:
             raise ReplicaRefusedError(difference(mine, expected))
+        self._nixl = mine["transport"] == "nixl"
+        if self._nixl:
+            check_nixl()
         if ranks is not None:
             ranks.attach(model)
             budget = 0 if ranks.apart else budget
@@ -98,29 +109,30 @@ class ReplicaActor:
             "inbox": self._inbox.address,
         }
 
-    def run(self, order: Order, data: npt.NDArray[np.uint8] | None) -> tuple[dict[str, Any], npt.NDArray[np.uint8]]:
+    def run(
+        self, order: Order, data: npt.NDArray[np.uint8] | Placed | None
+    ) -> tuple[dict[str, Any], npt.NDArray[np.uint8] | Placed]:
         """Run the next segment of the state in `data`, unless that was begun; None to wait until the state comes.
 
-        Returns what became of it, and the state after it in its wire form (empty where it failed): two Ray objects, so
-        that the router reads the first and passes the second on without reading it.
+        Returns what became of it, and the state after it in its wire form (empty where it failed), or where it lies: two
+        Ray objects, so that the router reads the first and passes the second on without reading it.
         """
         attempt = self._attempt(order.ticket)
         attempt.asked = True
         try:
             if data is not None and attempt.begin():
-                self._answer(attempt, order, data.data)
-            answer: tuple[dict[str, Any], npt.NDArray[np.uint8]] = attempt.answer.result()
-            return answer
+                self._answer(attempt, order, data)
+            return attempt.answer.result()
         finally:
             with self._lock:
                 self._attempts.pop(order.ticket, None)
                 self._unwanted.append(order.ticket)  # by whatever way its state may still come
 
-    def hand(self, order: Order, data: npt.NDArray[np.uint8]) -> None:
+    def hand(self, order: Order, data: npt.NDArray[np.uint8] | Placed) -> None:
         """Give a ticket that waits for its state what could not come straight from another process."""
         attempt = self._attempt(order.ticket)
         if attempt.begin():
-            self._answer(attempt, order, data.data)
+            self._answer(attempt, order, data)
 
     def _receive(self, order: Order, data: memoryview) -> Callable[[], None] | None:
         """Take a state that comes straight from another process."""
@@ -144,38 +156,60 @@ class ReplicaActor:
                         del self._attempts[name]
             return attempt
 
-    def _answer(self, attempt: Attempt, order: Order, data: memoryview) -> None:
+    def _answer(self, attempt: Attempt, order: Order, data: memoryview | npt.NDArray[np.uint8] | Placed) -> None:
         """Run a segment that was begun, and send the state after it where it is waited for."""
-        import numpy as np
-
         from triptych.engine.attempt import failure
-        from triptych.engine.inbox import send
-        from triptych.state import State
+        from triptych.engine.direct import place
+        from triptych.engine.inbox import LARGEST, send
 
         arrived = time.monotonic()
+        after: npt.NDArray[np.uint8] | Placed | None
         try:
-            began = time.perf_counter()
-            state = State.from_bytes(data)
-            self._hop(len(data), time.perf_counter() - began)
+            state = self._read(data)
             self._replica.model.check_turn(state)
             assert state.next_role is not None
             finished, seconds = attempt.compute(state, order, self._replica.lanes[state.next_role])
-            began = time.perf_counter()
-            after = np.frombuffer(finished.to_bytes(), np.uint8)
-            self._hop(len(after), time.perf_counter() - began)
-            if random.random() < self._faults.get("corrupt", 0):
-                after[random.randrange(len(after))] ^= 1
+            handed, after = False, None
+            if self._nixl and finished.next_role is not None and (order.then is None or finished.nbytes > LARGEST):
+                began = time.perf_counter()
+                after = place(finished, self._replica.model.device)
+                self._hop(finished.nbytes, time.perf_counter() - began)
+            if after is None:
+                after = self._written(finished)
+                if order.then is not None:
+                    left = None if order.seconds_left is None else order.seconds_left - (time.monotonic() - arrived)
+                    handed = send(replace(order.then, seconds_left=left), after.data)
             turns = [role.value for role in finished.route[finished.position :]]
-            handed = False
-            if order.then is not None:
-                left = None if order.seconds_left is None else order.seconds_left - (time.monotonic() - arrived)
-                handed = send(replace(order.then, seconds_left=left), after.data)
             outcome: dict[str, Any] = {"turns": turns, "seconds": seconds, "handed": handed}
         except Exception as error:  # noqa: BLE001 (told to the router, which knows whose fault it is)
             outcome, after = failure(error)
         if attempt.previews:
             outcome["previews"] = attempt.previews
         attempt.answer.set_result((outcome, after))
+
+    def _read(self, data: memoryview | npt.NDArray[np.uint8] | Placed) -> State:
+        """Return the state that has come."""
+        from triptych.engine.direct import fetch
+        from triptych.state import State
+
+        began = time.perf_counter()
+        if isinstance(data, list):
+            state = fetch(data)
+        else:
+            state = State.from_bytes(data if isinstance(data, memoryview) else data.data)
+        self._hop(state.nbytes if isinstance(data, list) else len(data), time.perf_counter() - began)
+        return state
+
+    def _written(self, state: State) -> npt.NDArray[np.uint8]:
+        """Return the wire form of a state that is to go."""
+        import numpy as np
+
+        began = time.perf_counter()
+        data = np.frombuffer(state.to_bytes(), np.uint8)
+        self._hop(len(data), time.perf_counter() - began)
+        if random.random() < self._faults.get("corrupt", 0):
+            data[random.randrange(len(data))] ^= 1
+        return data
 
     def _hop(self, nbytes: int, seconds: float) -> None:
         """Count a state that came or went."""

@@ -108,7 +108,12 @@ def start_replica(
         here: whether it is to run on this machine, and to end with this process.
     """
     remote: Any = ray.remote
-    actor = remote(num_cpus=0, num_gpus=gpus, max_restarts=-1, max_task_retries=0, max_concurrency=64)(ReplicaActor)
+    limits: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0, "max_concurrency": 64}
+    if (arguments.get("expected") or {}).get("transport") == "nixl":
+        from triptych.engine import direct  # it imports PyTorch, and this module is to be there before that
+
+        limits |= {"enable_tensor_transport": True, "runtime_env": {"env_vars": direct.ENVIRONMENT}}
+    actor = remote(num_cpus=0, num_gpus=gpus, **limits)(ReplicaActor)
     where: Any = "DEFAULT" if gpus else "SPREAD"  # where nothing is reserved, Ray would put all on one machine
     if here:
         where = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

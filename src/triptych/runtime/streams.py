@@ -18,7 +18,7 @@ def open_stream(device: torch.device) -> torch.cuda.Stream | None:
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)  # the weights are on their way there
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def enter(stream: torch.cuda.Stream | None) -> None:
