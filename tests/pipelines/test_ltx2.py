@@ -103,7 +103,7 @@ def videos_with_sound() -> Iterator[None]:
     scope="module",
     params=[
         ("2.0", "float32"),
-        ("2.0", "bfloat16"),
+        pytest.param(("2.0", "bfloat16"), marks=pytest.mark.slow),
         ("2.3", "float32"),
         ("2.3", "bfloat16"),
         ("2.5", "float32"),

@@ -136,6 +136,7 @@ def test_joined_branches_of_any_two_lengths_stay_within_the_tolerance(
     assert_joined_within_tolerance(qwen, "qwen_denoising", monkeypatch, call)
 
 
+@pytest.mark.slow  # FLUX.2 [klein] has it among the quick ones
 def test_processes_that_hand_over_files_give_the_same_pixels(qwen: Parity, tmp_path: Path) -> None:
     qwen.check_in_processes(tmp_path, {**GUIDED, "num_images_per_prompt": 2}, ("float32", "bfloat16"))
 

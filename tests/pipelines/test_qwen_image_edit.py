@@ -59,7 +59,7 @@ def either(request: pytest.FixtureRequest, tiny_repo: TinyRepo) -> Parity:
     return Parity(tiny_repo("qwen_image_edit"), request.param)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def either_plus(request: pytest.FixtureRequest, tiny_repo: TinyRepo) -> Parity:
     return Parity(tiny_repo("qwen_image_edit", plus=True), request.param)
 
@@ -90,6 +90,7 @@ def test_guided_edits_of_several_pictures_are_those_of_diffusers(either_plus: Pa
     assert differ(either_plus.check(**GUIDED, image=[other, one], seed=seed), edited)
 
 
+@pytest.mark.slow
 def test_a_picture_of_a_megapixel_is_edited_as_diffusers_does(edit: Parity) -> None:
     call = {**CALL, "num_inference_steps": 2, "image": picture(30), "output_type": "pt"}
     assert_same(edit.split(**call), edit.diffusers(**call), "split")

@@ -71,6 +71,7 @@ def test_guided_layers_are_those_of_diffusers(either: Parity, seed: int, size: t
     assert differ(layers[0], layers[1])
 
 
+@pytest.mark.slow
 def test_a_picture_of_the_true_size_is_taken_apart_as_diffusers_does(layered: Parity) -> None:
     call = {**CALL, "layers": 1, "num_inference_steps": 2, "image": picture(30), "output_type": "pt"}
     (layers,) = layered.diffusers(**call)

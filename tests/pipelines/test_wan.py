@@ -280,6 +280,7 @@ def test_joined_branches_stay_within_the_tolerance(
     torch.testing.assert_close(joined, exact, rtol=0, atol=PIXEL_TOLERANCE)
 
 
+@pytest.mark.slow  # FLUX.2 [klein] has it among the quick ones
 def test_processes_that_hand_over_files_give_the_same_frames(wan22: Parity, tmp_path: Path) -> None:
     wan22.check_in_processes(tmp_path, {**GUIDED, "num_videos_per_prompt": 2}, ("float32", "bfloat16"))
 

@@ -82,14 +82,26 @@ class Video(Parity):
         return self.whole(**{**self.call, "output_type": "pt", **changes})
 
 
-@pytest.fixture(scope="module", params=[(version, dtype) for version in VERSIONS for dtype in ("float32", "bfloat16")])
+@pytest.fixture(
+    scope="module",
+    params=[
+        *((version, "float32") for version in VERSIONS),
+        *(
+            pytest.param((version, "bfloat16"), marks=() if version == "2.1" else pytest.mark.slow)
+            for version in VERSIONS
+        ),
+    ],
+    ids="-".join,
+)
 def either(request: pytest.FixtureRequest, tiny_repo: TinyRepo) -> Video:
     """Every version in both dtypes. The bfloat16 oracle is `from_pretrained(dtype=torch.bfloat16)`."""
     version, dtype = request.param
     return Video(tiny_repo("wan_i2v", version=version), version, dtype)
 
 
-@pytest.fixture(scope="module", params=VERSIONS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(each, marks=pytest.mark.slow if each == "2.1" else ()) for each in VERSIONS]
+)
 def video(request: pytest.FixtureRequest, tiny_repo: TinyRepo) -> Video:
     return Video(tiny_repo("wan_i2v", version=request.param), request.param)
 
@@ -138,7 +150,7 @@ def test_without_clip_several_videos_are_one_batch_of_diffusers(tiny_repo: TinyR
     assert differ(both[0], both[1])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("version", CLIP_VERSIONS)
 def test_with_clip_each_of_several_videos_is_a_single_run_with_its_draw(
     tiny_repo: TinyRepo, version: str, dtype: str

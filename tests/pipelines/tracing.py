@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cache, reduce
 from itertools import chain
 from operator import or_
 from pathlib import Path
@@ -64,7 +64,7 @@ class Tracer(TorchDispatchMode):
 
         def follow(*args: Any, **kwargs: Any) -> Any:
             output = generate(*args, **kwargs)
-            self._used |= self._origin(output)
+            self._used |= self._origin(tree_leaves(output))
             return output
 
         return follow
@@ -81,7 +81,7 @@ class Tracer(TorchDispatchMode):
 
     def arrived(self, outputs: object) -> None:
         """Tell the tracer what came out: tensors, nested in anything."""
-        self._used |= self._origin(outputs)
+        self._used |= self._origin(tree_leaves(outputs))
         self._origins.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,16 +115,27 @@ class Tracer(TorchDispatchMode):
 
 
 def tensors_in(values: object) -> list[torch.Tensor]:
-    """Return the tensors with data, out of anything nested."""
-    return [each for each in tree_leaves(values) if isinstance(each, torch.Tensor) and not each.is_meta]
+    """Return the tensors with data, out of what operations take and give: lists, tuples and dicts."""
+    if isinstance(values, torch.Tensor):
+        return [] if values.is_meta else [values]
+    if isinstance(values, dict):
+        values = list(values.values())
+    return [found for each in values for found in tensors_in(each)] if isinstance(values, (list, tuple)) else []
 
 
 def written_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     """Return the arguments that an operation writes to, by its schema."""
-    values = {each.name: value for each, value in zip(func._schema.arguments, args)} | dict(kwargs)
-    return [values.get(each.name) for each in func._schema.arguments if each.alias_info and each.alias_info.is_write]
+    return [args[k] if k < len(args) else kwargs.get(name) for k, name in written_places(func)]
 
 
+@cache
+def written_places(func: Any) -> list[tuple[int, str]]:
+    """Return the positions and names of the arguments that an operation writes to."""
+    arguments = enumerate(func._schema.arguments)
+    return [(k, each.name) for k, each in arguments if each.alias_info and each.alias_info.is_write]
+
+
+@cache
 def is_view(func: Any) -> bool:
     """Return whether an operation's result is a view of its argument, by its schema."""
     aliases = [each.alias_info for each in func._schema.returns]
