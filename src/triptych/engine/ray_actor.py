@@ -159,7 +159,6 @@ class ReplicaActor:
     def _answer(self, attempt: Attempt, order: Order, data: memoryview | npt.NDArray[np.uint8] | Placed) -> None:
         """Run a segment that was begun, and send the state after it where it is waited for."""
         from triptych.engine.attempt import failure
-        from triptych.engine.direct import place
         from triptych.engine.inbox import LARGEST, send
 
         arrived = time.monotonic()
@@ -171,9 +170,7 @@ class ReplicaActor:
             finished, seconds = attempt.compute(state, order, self._replica.lanes[state.next_role])
             handed, after = False, None
             if self._nixl and finished.next_role is not None and (order.then is None or finished.nbytes > LARGEST):
-                began = time.perf_counter()
-                after = place(finished, self._replica.model.device)
-                self._hop(finished.nbytes, time.perf_counter() - began)
+                after = self._placed(finished)
             if after is None:
                 after = self._written(finished)
                 if order.then is not None:
@@ -199,6 +196,16 @@ class ReplicaActor:
             state = State.from_bytes(data if isinstance(data, memoryview) else data.data)
         self._hop(state.nbytes if isinstance(data, list) else len(data), time.perf_counter() - began)
         return state
+
+    def _placed(self, state: State) -> Placed | None:
+        """Leave a state that is to go on this process's device; None where nothing of it lies there."""
+        from triptych.engine.direct import place
+
+        began = time.perf_counter()
+        placed = place(state, self._replica.model.device)
+        if placed is not None:
+            self._hop(state.nbytes, time.perf_counter() - began)
+        return placed
 
     def _written(self, state: State) -> npt.NDArray[np.uint8]:
         """Return the wire form of a state that is to go."""
