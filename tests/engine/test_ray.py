@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,20 @@ def test_a_killed_role_loses_no_request_and_comes_back(engine: RayEngine, whole:
     wait_until(lambda: victim.state == "ready")
     assert victim.told["pid"] != pid
     assert len(engine.router) == 0
+
+
+def test_what_a_dead_process_told_says_nothing_of_the_next(engine: RayEngine, whole: triptych.Model) -> None:
+    wait_until(lambda: all_ready(engine))
+    (replica,) = of(engine, "decoder")
+    late: Future[Any] = Future()
+    late.set_result(ray.get(replica.actor.beat.remote()))
+    asked, losses = time.monotonic(), replica.losses
+    os.kill(replica.told["pid"], signal.SIGKILL)
+    wait_until(lambda: replica.losses > losses, 10)
+    engine._happened.put(("told", replica, late, asked))
+    wait_until(lambda: replica.state == "ready")
+    assert replica in engine.router.replicas
+    assert torch.equal(engine.generate(**ASK).images, whole.generate(**ASK).images)
 
 
 def test_a_role_that_hangs_is_found_and_replaced(engine: RayEngine, whole: triptych.Model) -> None:

@@ -239,7 +239,7 @@ class RayEngine(Engine):
                 if what == "finished":
                     self._finished(replica, future, *details)
                 else:
-                    self._told(replica, future)
+                    self._told(replica, future, *details)
             except Exception:  # one replica's answer must not end the thread that hears them all
                 log.exception("%s: what it told could not be handled", replica.name)
 
@@ -276,7 +276,9 @@ class RayEngine(Engine):
         except (ObjectLostError, OwnerDiedError, WireError) as error:
             return WireError(f"the result was lost: {error}")
 
-    def _told(self, replica: RayReplica, future: Future[Any]) -> None:
+    def _told(self, replica: RayReplica, future: Future[Any], asked: float) -> None:
+        if asked != replica.asked:
+            return  # an answer of the process that has died since, or of its death
         replica.asked = None
         error = future.exception()
         if error is not None:

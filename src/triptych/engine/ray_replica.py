@@ -91,7 +91,7 @@ class RayReplica(Replica):
         """Ask for a sign of life; a starting replica answers when it has loaded."""
         self.asked = time.monotonic()
         method = self.actor.describe if self.state == "starting" else self.actor.beat
-        self._when_there(method.remote(), "told")
+        self._when_there(method.remote(), "told", self.asked)
 
     def hear(self, beat: dict[str, Any]) -> None:
         """Take note of a sign of life: how far its tickets are, and how many it takes at a time."""
