@@ -19,8 +19,9 @@ demo: $(INSTALLED) ## install, then draw a picture with the model inside the pac
 	$(BIN)/triptych generate "a red heart" -o demo.png
 	@echo "The picture is in $(CURDIR)/demo.png"
 
+# In the order of their names: otherwise files of few tests come last, and those that start processes take longest.
 test: lint ## lint, types, import contracts and the tests
-	$(BIN)/pytest -m "not slow" -n auto --dist loadfile
+	$(BIN)/pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(INSTALLED)-dev ## the tests that take longer
 	$(BIN)/pytest -m slow

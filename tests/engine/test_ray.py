@@ -87,7 +87,9 @@ def test_replicas_do_not_give_way_to_whatever_else_runs(engine: RayEngine) -> No
     assert {os.getpriority(os.PRIO_PROCESS, each.told["pid"]) for each in engine.replicas} == {mine}
 
 
-@pytest.mark.parametrize("pool", ["encoder", "denoiser", "decoder"])
+@pytest.mark.parametrize(
+    "pool", ["denoiser", *(pytest.param(each, marks=pytest.mark.slow) for each in ("encoder", "decoder"))]
+)
 def test_a_killed_role_loses_no_request_and_comes_back(engine: RayEngine, whole: triptych.Model, pool: str) -> None:
     wait_until(lambda: all_ready(engine))
     jobs = [engine.submit(Request(**{**ASK, "seed": seed, "num_inference_steps": 30})) for seed in range(4)]
@@ -194,6 +196,7 @@ def test_a_replica_of_another_model_is_refused_with_the_difference(
         join(tiny_repo("flux2_klein", is_distilled=True), "denoiser", ray.get_runtime_context().gcs_address, threads=1)
 
 
+@pytest.mark.slow
 def test_a_replica_of_another_dtype_is_refused_with_the_difference(engine: RayEngine, repository: Path) -> None:
     from triptych.engine.ray_join import join
 

@@ -95,6 +95,7 @@ def scaled(image: Image.Image) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_caption_is_written_in_english_where_that_is_asked_for(layered: Parity) -> None:
     call = {**CALL, "prompt": "", "image": picture(30)}

@@ -65,6 +65,7 @@ def is_done(video: dict[str, Any]) -> bool:
     return video["status"] in ("completed", "failed")
 
 
+@pytest.mark.slow  # as the next, with videos
 def test_nothing_is_lost_by_a_server_that_is_killed(tiny_repo: Any, tmp_path: Path) -> None:
     model, state = tiny_repo("wan"), tmp_path / "state"
     slow = {**QUICK, "num_inference_steps": 120, "num_frames": 9}
