@@ -124,6 +124,9 @@ UNUSED["ltx2 version=2.5"] = {
 SMALL_BYTES = 4096
 
 HALVES = {"encode": "encoder", "decode": "decoder"}
+several_tasks = pytest.mark.parametrize(
+    "case", [each for each in CASES if len(each.requests) > 1], ids=lambda case: case.name
+)
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name)
@@ -159,6 +162,7 @@ def test_a_role_reads_and_uses_every_byte_it_holds(case: Case, repo: Path) -> No
 
 
 @pytest.mark.slow
+@several_tasks
 def test_a_role_loaded_for_one_task_reads_and_uses_every_byte_it_holds(case: Case, repo: Path) -> None:
     for tasks in selections(case, repo)[1:]:
         prove(case, repo, tasks)
@@ -182,15 +186,23 @@ def test_no_component_has_to_be_loaded_whole(case: Case, repo: Path, caplog: pyt
     assert not [record.message for record in caplog.records if "loaded whole" in record.message]
 
 
-@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["all", "one task"])
-def test_the_bytes_a_model_reports_are_those_it_holds(case: Case, repo: Path, alone: bool) -> None:
-    every, *single = selections(case, repo)
-    for tasks in single if alone else [every]:
-        for role in (*ROLES, "monolithic", "server"):
-            model = triptych.load(repo, role=role, device="cpu", tasks=tasks)
-            held = {name: sum(weights_of(part).values()) for name, part in model.components.items()}
-            assert model.loaded_bytes == held, role
-            assert role != "server" or not any(held.values())
+def test_the_bytes_a_model_reports_are_those_it_holds(repo: Path) -> None:
+    check_reported_bytes(repo, None)
+
+
+@pytest.mark.slow
+@several_tasks
+def test_the_bytes_a_model_loaded_for_one_task_reports_are_those_it_holds(case: Case, repo: Path) -> None:
+    for tasks in selections(case, repo)[1:]:
+        check_reported_bytes(repo, tasks)
+
+
+def check_reported_bytes(repo: Path, tasks: tuple[str, ...] | None) -> None:
+    for role in (*ROLES, "monolithic", "server"):
+        model = triptych.load(repo, role=role, device="cpu", tasks=tasks)
+        held = {name: sum(weights_of(part).values()) for name, part in model.components.items()}
+        assert model.loaded_bytes == held, role
+        assert role != "server" or not any(held.values())
 
 
 def weights_of(module: Any) -> dict[tuple[int, int], int]:
