@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
@@ -54,9 +55,8 @@ def place(state: State, device: torch.device) -> Placed | None:
     }
     if not tensors:
         return None
-    rest = state.copy()
-    rest.keep(state.fields.keys() - tensors.keys())
-    rest.fields[_SUMS] = {name: _sums(value) for name, value in tensors.items()}
+    others = {name: value for name, value in state.fields.items() if name not in tensors}
+    rest = replace(state, fields={**others, _SUMS: {name: _sums(value) for name, value in tensors.items()}})
     return [ray.put({"rest": bytes(rest.to_bytes()), "tensors": tensors}, _tensor_transport="nixl")]
 
 
