@@ -12,9 +12,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from triptych.components.cutting import CannotLoadByKey, cut
+from triptych.components.cutting import CannotLoadByKey, cut, is_transformers_model
 from triptych.components.headers import TensorInfo
 from triptych.components.hollow import hollow_out, settle, used_modules
 from triptych.components.need import Need
@@ -47,7 +46,8 @@ class Slot:
     def fill(self, value: torch.Tensor) -> None:
         """Put the loaded weight into its places."""
         if isinstance(self.tensor, torch.nn.Parameter):
-            parameter = torch.nn.Parameter(value, requires_grad=False)
+            # As the class has it, and so its library: PyTorch picks the form of a product by it, with or without gradients.
+            parameter = torch.nn.Parameter(value, requires_grad=self.tensor.requires_grad)
             for module, name in self.places:
                 module._parameters[name] = parameter
         else:
@@ -161,7 +161,7 @@ def _construct(
     cls = component_class(repository, component)
     try:
         with _drawing, _no_weights(dtype):
-            if issubclass(cls, PreTrainedModel):
+            if is_transformers_model(cls):
                 settings = cls.config_class.from_dict(config)
                 for each in (settings, *(getattr(settings, name) for name in settings.sub_configs)):
                     if each is not None:
@@ -169,12 +169,12 @@ def _construct(
                 module = cls(settings)
             else:
                 module = cls.from_config(config)
-        if isinstance(module, PreTrainedModel):
+        if is_transformers_model(type(module)):
             module.tie_weights()
     except Exception as error:  # whatever the class's own code does with values that make no sense
         problem = f"does not fit {cls.__name__} ({type(error).__name__}: {error})"
         raise ComponentFileError(f"{component}/config.json", problem) from error
-    return module.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return module.eval()  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -208,7 +208,7 @@ def _slots(module: torch.nn.Module, dtype: torch.dtype) -> list[Slot]:
 
 def _dtypes(module: Any, dtype: torch.dtype) -> Callable[[str, torch.Tensor], torch.dtype]:
     """Return what gives a weight's dtype once loaded, by name: as each library's `from_pretrained` does it."""
-    if isinstance(module, PreTrainedModel):
+    if is_transformers_model(type(module)):
         from transformers.core_model_loading import build_glob_alternation
 
         plan = module._get_dtype_plan(dtype)  # names of submodules to float32
@@ -232,7 +232,7 @@ def _find_sources(slots: list[Slot], module: torch.nn.Module, tensors: dict[str,
         CannotLoadByKey: a tensor is not there under any name the library gives it when loading tensor by tensor.
     """
     by_name = {name: slot for slot in slots for name in slot.names}
-    rename = _Renamer(module, by_name) if isinstance(module, PreTrainedModel) else str
+    rename = _Renamer(module, by_name) if is_transformers_model(type(module)) else str
     for key, info in tensors.items():
         slot = by_name.get(rename(key))
         if slot is None:

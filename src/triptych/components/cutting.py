@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from triptych.components.hollow import guard_part, used_modules
 from triptych.components.need import HEAD, VISION, Need
@@ -68,7 +66,7 @@ def _replace(module: torch.nn.Module, path: str, replacement: torch.nn.Module) -
 
 def _vision_paths(module: Any) -> list[str]:
     """Return the paths of a vision-language model's vision tower and of what projects its output."""
-    if not isinstance(module, PreTrainedModel):
+    if not is_transformers_model(type(module)):
         return []
     tower = module.get_encoder(modality="image")
     if tower is module or tower is module.get_decoder():  # no tower, or nothing but a tower
@@ -77,14 +75,14 @@ def _vision_paths(module: Any) -> list[str]:
     return [path for path, part in named if part is tower or path.split(".")[-1] == "multi_modal_projector"]
 
 
-def _stack(module: torch.nn.Module) -> str:
+def _stack(module: Any) -> str:
     """Return the path of the layers whose outputs are the model's hidden states, as its class itself declares them.
 
     Raises:
         CannotLoadByKey: its class does not, or there is more than one such stack.
     """
-    if isinstance(module, PreTrainedModel):
-        reader: Any = module.get_decoder()
+    if is_transformers_model(type(module)):
+        reader = module.get_decoder()
         recorded = (getattr(reader, "_can_record_outputs", None) or {}).get("hidden_states", ())
         recorders = recorded if isinstance(recorded, (list, tuple)) else [recorded]
         kinds = tuple(kind for each in recorders if isinstance(kind := getattr(each, "target_class", each), type))
@@ -135,10 +133,23 @@ def _cut_layers(module: torch.nn.Module, stack: str, read: frozenset[int], compo
         _replace(module, path, torch.nn.Identity())
     names = stack.split(".")
     above = (module.get_submodule(".".join(names[:depth])) for depth in range(len(names)))
-    recorder: Any = [each for each in above if isinstance(each, PreTrainedModel)][-1]
+    recorder: Any = [each for each in above if is_transformers_model(type(each))][-1]
     recorder.config.tie_last_hidden_states = False  # or entry `last` would be what the library takes for the result
     recorder.register_forward_hook(_keep_length(last, count))
     module.register_forward_hook(_only_hidden_states)
+
+
+def is_transformers_model(cls: type[object]) -> bool:
+    """Return whether a class is a model of transformers."""
+    from transformers import PreTrainedModel  # it takes seconds: not before a component is drawn
+
+    return issubclass(cls, PreTrainedModel)
+
+
+def _has_names(output: object) -> bool:
+    from transformers.utils import ModelOutput
+
+    return isinstance(output, ModelOutput)
 
 
 def _keep_length(last: int, count: int) -> Any:
@@ -146,7 +157,7 @@ def _keep_length(last: int, count: int) -> Any:
 
     def pad(_: torch.nn.Module, __: object, output: Any) -> Any:
         missing = (None,) * (count - last)
-        if isinstance(output, ModelOutput):
+        if _has_names(output):
             if output.get("hidden_states") is not None:
                 output["hidden_states"] = (*output["hidden_states"], *missing)
             return output
@@ -159,7 +170,7 @@ def _keep_length(last: int, count: int) -> Any:
 
 def _only_hidden_states(_: torch.nn.Module, __: object, output: Any) -> Any:
     """Leave out of a model's output what would have come from layers that are not there."""
-    if not isinstance(output, ModelOutput):
+    if not _has_names(output):
         return output
     kept = ("hidden_states", "attentions", "cache", "past_key_values")  # the last is the name before transformers 5.24
     return type(output)(**{name: value for name, value in output.items() if name in kept})

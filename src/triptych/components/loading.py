@@ -155,8 +155,7 @@ def _load_whole(cls: type[Any], repository: Repository, name: str, device: torch
             )
     if getattr(module, "hf_quantizer", None) is None:
         module = module.to(device)
-    module = module.eval().requires_grad_(False)
-    return Loaded(module, sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()]))
+    return Loaded(module.eval(), sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()]))
 
 
 def _from_pretrained(cls: type[Any], repository: Repository, name: str, **options: object) -> Any:
