@@ -218,6 +218,30 @@ def test_a_request_that_fails_leaves_those_beside_it_alone(model: Model, lane: S
     assert (model.run(ended["good"]).result.images - expected).abs().max() <= 1e-4
 
 
+def test_what_fails_while_the_budget_is_measured_ends_neither_the_lane_nor_a_request(
+    model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRIPTYCH_CACHE", str(tmp_path))
+
+    def fail(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if len(kwargs["hidden_states"]) > 1:
+            raise RuntimeError("an illegal address")
+
+    hook = model.components["transformer"].register_forward_pre_hook(fail, with_kwargs=True)
+    lane, outcomes = StepLane(model, "test", threads=1), Outcomes()
+    try:
+        for count in (1, 2):  # the budget is measured between the two
+            outcomes.put(lane, str(count), encoded(model, guidance_scale=1.0))
+            assert isinstance(outcomes.wait(count)[str(count)], State)
+            deadline = time.monotonic() + 20
+            while lane.budget is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert lane.budget == 0
+    finally:
+        hook.remove()
+    lane.close()
+
+
 def test_a_lane_that_is_closed_finishes_what_it_has(model: Model) -> None:
     lane = StepLane(model, "test", threads=1, budget=LARGE)
     outcomes = Outcomes()

@@ -449,8 +449,28 @@ def test_a_lane_with_nothing_to_do_finds_out_how_many_segments_are_worth_a_call(
     while lane._meeting.eager and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not lane._meeting.eager
+    lane.close()  # after its last trial
     assert max(decodes.rows) >= 2
     assert len(decodes.rows) > 6, "trials of one row and of more, three times each"
+
+
+def test_a_trial_that_fails_ends_neither_the_lane_nor_a_request(
+    model: Model, decodes: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane = DecoderLane(model, "test", threads=1)
+    hungry(lane)
+    assert lane._meeting is not None
+    tried = threading.Event()
+
+    def fail() -> None:
+        tried.set()
+        raise RuntimeError("an illegal address")
+
+    monkeypatch.setattr(lane._meeting, "rehearse", fail)
+    Outcomes(lane).together({seed: denoised(model, seed=seed) for seed in range(2)})
+    assert tried.wait(20)
+    ended = Outcomes(lane).together({seed: denoised(model, seed=seed) for seed in range(2)})
+    assert all(isinstance(outcome, State) for outcome in ended.values())
     lane.close()
 
 

@@ -64,14 +64,6 @@ class Accelerated:
         self._roles = frozenset(roles)
         self._names = self._components(needs, roles, family) if roles else {}
 
-    @property
-    def identity(self) -> dict[str, str]:
-        """What every process of a service has to have alike, for its answers to be so; nothing where all is off."""
-        told = [
-            f"{role}: {self.asked[role].numbers}" for role in WORKERS if role in self.asked and self.asked[role].numbers
-        ]
-        return {"acceleration": "; ".join(told)} if told else {}
-
     def is_offloaded(self, name: str) -> bool:
         """Return whether a component's weights stay in the host's memory."""
         role = get_module_role(name)

@@ -150,8 +150,7 @@ class Lane:
     def _loop(self) -> None:
         while True:
             while self._meeting is not None and self._meeting.eager and not self._waiting and not self._closing:
-                with self._exclusively():
-                    self._meeting.rehearse()
+                self._rehearse(self._meeting)
             with self._wake:
                 self._wake.wait_for(lambda: self._waiting or self._closing)
                 if not self._waiting:
@@ -162,6 +161,15 @@ class Lane:
             else:
                 self._run_together(works)
                 works.clear()
+
+    def _rehearse(self, meeting: Meeting) -> None:
+        """Make a trial call while nothing else is to be done; where it fails, the requests themselves are the trials."""
+        try:
+            with self._exclusively():
+                meeting.rehearse()
+        except Exception as error:  # noqa: BLE001 (no request asked for it: none is to be lost to it)
+            log.warning("%s: a trial of shared calls failed: %s", self.name, error)
+            meeting.forget_trials()
 
     def _claim(self) -> list[Work]:
         """Take the segments that are to be run next, under the lock: the first, and those that may go with it."""

@@ -141,6 +141,10 @@ class Meeting:
             self._run(pace, [call] * copies, copies * each)
         call.answer = None
 
+    def forget_trials(self) -> None:
+        """Make no trial of the kinds of calls that are known so far."""
+        self._new.clear()
+
     def run(self, parts: Sequence[Callable[[], None]], modules: Iterable[torch.nn.Module]) -> list[Guest]:
         """Run parts to their ends, sharing their calls of `modules`; returns what became of each."""
         if self._threads is None or self._places < len(parts):

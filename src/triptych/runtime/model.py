@@ -12,19 +12,20 @@ from typing import Any
 
 import torch
 
-from triptych.components.acceleration import AccelerationSpec, parse_acceleration
+from triptych.components.acceleration import Acceleration, AccelerationSpec, parse_acceleration
 from triptych.components.adapters import Adapters
 from triptych.components.dtypes import DtypeSpec, is_widened, parse_dtype, suited
 from triptych.components.hollow import is_hollow
 from triptych.components.interruption import watch
 from triptych.components.loading import load_component
 from triptych.components.need import Need
+from triptych.components.repository import Repository
 from triptych.errors import ParameterError, UsageError, WireError, WrongRoleError
 from triptych.pipelines.base import Family
 from triptych.pipelines.registry import open_family
 from triptych.request import Request, fill_in, split_prompts
 from triptych.result import Result
-from triptych.roles import RoleType, parse_roles, role_name
+from triptych.roles import WORKERS, RoleType, parse_roles, role_name
 from triptych.runtime.accelerated import Accelerated
 from triptych.runtime.segment import OnStep, Segment, finish, run_segment
 from triptych.stages.base import Stage, Undeclared
@@ -73,8 +74,7 @@ class Model:
         dtypes = suited(named)
         asked = parse_acceleration(acceleration, roles)
         self.accelerated = Accelerated(family, roles, needs, asked, tasks, device, dtypes)
-        spelled = ", ".join(f"{component}={name}" for component, name in sorted(named.items()))
-        self.identity = {"fingerprint": self.fingerprint, "dtype": spelled, **self.accelerated.identity}
+        self.identity = identity_of(family.repository, named, asked)
         self._load(needs, dtypes)
         self.adapters = None if family.loras is None else Adapters(family.oracle, family.repository, self.components)
         self.stages = [self._build(name, stage) for name, stage in mine]
@@ -250,6 +250,20 @@ class Model:
             elif parameter.default is parameter.empty:
                 arguments[name] = None
         return family.oracle(**arguments)
+
+
+def identity_of(
+    repository: Repository, dtypes: Mapping[str, str], accelerations: Mapping[RoleType, Acceleration]
+) -> dict[str, str]:
+    """Return what every process of a service has to have alike, for its answers to be so; what is off is left out.
+
+    Args:
+        dtypes, accelerations: as `parse_dtype` and `parse_acceleration` return them.
+    """
+    spelled = ", ".join(f"{component}={name}" for component, name in sorted(dtypes.items()))
+    numbers = {role: accelerations[role].numbers for role in WORKERS if role in accelerations}
+    told = "; ".join(f"{role}: {each}" for role, each in numbers.items() if each)
+    return {"fingerprint": repository.fingerprint, "dtype": spelled, **({"acceleration": told} if told else {})}
 
 
 def gather(results: list[Result]) -> Result:

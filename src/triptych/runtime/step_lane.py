@@ -63,7 +63,7 @@ class StepLane(Lane):
     def _loop(self) -> None:
         while True:
             if self.budget is None and self._sample is not None and not self._active:
-                self._measure(*self._sample)
+                self._try_out(*self._sample)
             arrived = self._take(wait=not self._active)
             if arrived is None:
                 return
@@ -73,9 +73,19 @@ class StepLane(Lane):
             if self._active:
                 self._step(self._choose())
 
+    def _try_out(self, stage: Denoising, sample: Forward) -> None:
+        """Measure the budget while nothing else is to be done; where that fails, requests are kept apart."""
+        try:
+            self._measure(stage, sample)
+        except Exception as error:  # noqa: BLE001 (no request asked for it: none is to be lost to it)
+            log.warning("%s: forwards are not shared, because that could not be tried: %s", self.name, error)
+            self.budget, self._sample = 0, None
+
     def _measure(self, stage: Denoising, sample: Forward) -> None:
         dtype = next(value.dtype for value in sample.inputs.values() if isinstance(value, torch.Tensor))
-        model = "/".join((self.model.fingerprint, *self.model.accelerated.identity.values()))
+        model = "/".join(
+            self.model.identity[name] for name in ("fingerprint", "acceleration") if name in self.model.identity
+        )
         key = budget.key(model, self.model.device, dtype, torch.get_num_threads())
         if (known := budget.recall(key)) is not None:
             with running(stage.name):
