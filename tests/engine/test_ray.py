@@ -132,6 +132,21 @@ def test_a_role_that_hangs_is_found_and_replaced(engine: RayEngine, whole: tript
     assert [event.details["role"] for event in job.events() if event.kind == "retried"] == ["encoder"]
 
 
+def test_a_process_that_is_stopped_while_it_loads_is_found_and_replaced(
+    engine: RayEngine, whole: triptych.Model
+) -> None:
+    wait_until(lambda: all_ready(engine))
+    (victim,) = of(engine, "decoder")
+    losses, first = victim.losses, victim.told["pid"]
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: victim.told["pid"] != first, 30)
+    assert victim.state == "starting"
+    os.kill(victim.told["pid"], signal.SIGSTOP)
+    wait_until(lambda: victim.losses == losses + 2, 8)
+    job = engine.submit(Request(**ASK))
+    assert torch.equal(job.result(120).images, whole.generate(**ASK).images)
+
+
 def test_a_job_is_cancelled_in_another_process(engine: RayEngine) -> None:
     wait_until(lambda: all_ready(engine))
     begun = threading.Event()

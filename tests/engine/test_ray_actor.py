@@ -11,8 +11,9 @@ import torch
 
 import triptych
 import triptych.engine  # before ray: it asks for Ray's authentication
+from triptych.engine.attempt import REMEMBERED
 from triptych.engine.inbox import Order, send
-from triptych.engine.ray_actor import _REMEMBERED, ReplicaActor
+from triptych.engine.ray_actor import ReplicaActor
 from triptych.state import State
 
 ASK: dict[str, Any] = {
@@ -62,12 +63,12 @@ def test_a_state_that_comes_straight_is_computed_before_the_router_asks(
 ) -> None:
     encoder = actors["encoder"]
     assert send(order(encoder, "one"), request_bytes.data)
-    attempt = encoder._attempts["one"]
+    attempt = encoder._attempts.open("one")
     attempt.answer.result(10)
     outcome, after = encoder.run(order(encoder, "one"), None)
     assert outcome["turns"] == ["denoiser", "decoder"]
     assert State.from_bytes(after.data).next_role == "denoiser"
-    assert encoder._attempts == {}
+    assert len(encoder._attempts) == 0
     assert encoder.busy() == 0
 
 
@@ -81,7 +82,7 @@ def test_a_state_that_comes_both_ways_is_computed_once(
     assert not send(order(encoder, "both"), request_bytes.data), "and one that is late is refused"
     encoder.hand(order(encoder, "both"), request_bytes)
     assert len(seen) == 1
-    assert encoder._attempts == {}
+    assert len(encoder._attempts) == 0
 
 
 def test_a_chain_of_orders_ends_with_the_result_where_it_is_waited_for(
@@ -129,14 +130,14 @@ def test_what_is_taken_back_before_its_state_comes_is_not_computed(
     assert answers[0][0]["error"][0] == "Cancelled"
     assert not send(order(encoder, "late"), request_bytes.data)
     assert seen == []
-    assert encoder._attempts == {}
+    assert len(encoder._attempts) == 0
 
 
 def test_answers_that_nobody_asks_for_are_not_kept_for_ever(actors: dict[str, ReplicaActor]) -> None:
     encoder = actors["encoder"]
-    for number in range(_REMEMBERED + 20):
+    for number in range(REMEMBERED + 20):
         encoder.hand(order(encoder, f"orphan-{number}"), np.zeros(8, np.uint8))
-    assert len(encoder._attempts) <= _REMEMBERED + 1
+    assert len(encoder._attempts) <= REMEMBERED + 1
 
 
 def test_a_damaged_state_is_answered_with_its_error(actors: dict[str, ReplicaActor], request_bytes: np.ndarray) -> None:
@@ -146,3 +147,23 @@ def test_a_damaged_state_is_answered_with_its_error(actors: dict[str, ReplicaAct
     outcome, after = encoder.run(order(encoder, "damaged"), damaged)
     assert outcome["error"][0] == "WireError"
     assert len(after) == 0
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="PyTorch before 2.8 does not tell such errors apart")
+def test_a_process_whose_device_has_failed_ends(
+    actors: dict[str, ReplicaActor], request_bytes: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    encoder = actors["encoder"]
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    hook = encoder._replica.model.components["text_encoder"].register_forward_pre_hook(fail)
+    try:
+        for number, error in enumerate((RuntimeError("no such shape"), torch.AcceleratorError("an illegal address"))):
+            assert "error" in encoder.run(order(encoder, f"failed {number}"), request_bytes)[0]
+            assert len(ended) == number
+    finally:
+        hook.remove()

@@ -17,6 +17,7 @@ from triptych.cli.media import open_images
 from triptych.cli.options import Debug, Dtype, Revision, Tasks, Variant, dtype_spec
 from triptych.cli.output import path_for, progress, summary
 from triptych.cli.remote import check_remote, generate_remotely
+from triptych.runtime.collection import collection_paused
 
 _REQUEST, _OUTPUT = "Request", "Output"  # headings of --help
 
@@ -212,9 +213,10 @@ def generate(
         options: dict[str, Any] = {"dtype": dtype_spec(dtype), "revision": revision, "variant": variant}
         options["acceleration"] = faster
         console.print(f"Opening {source}", markup=False, soft_wrap=True)
-        checker = triptych.load(
-            source, role="server", device="cpu" if split else device, tasks=tasks or None, **options
-        )
+        with collection_paused():
+            checker = triptych.load(
+                source, role="server", device="cpu" if split else device, tasks=tasks or None, **options
+            )
         state = asked.admit(checker)
         path = path_for(output, checker.family, state)
         options["revision"] = checker.family.repository.files.revision or revision  # no two roles of two revisions

@@ -17,6 +17,7 @@ from triptych.cli.listening import announce, listen
 from triptych.cli.options import MODEL_HELP, Debug, Dtype, Revision, Tasks, Variant, by_role, dtype_spec
 from triptych.errors import UsageError
 from triptych.roles import WORKERS, RoleType
+from triptych.runtime.collection import collection_paused
 
 if TYPE_CHECKING:
     from triptych.engine.base import Engine
@@ -281,6 +282,7 @@ def serve(
 
             connecting = begin_connecting(address)  # while what is below imports the libraries
 
+        @collection_paused()
         def build() -> Engine:
             if on_ray:
                 from triptych.engine.ray import RayEngine

@@ -1,9 +1,10 @@
-"""One ticket in the process of its replica."""
+"""Tickets in the process of their replica."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from triptych.state import State
 
 Answer: TypeAlias = "tuple[dict[str, Any], npt.NDArray[np.uint8] | Placed]"
+
+REMEMBERED = 256
+"""How many tickets that are done, or taken back, a replica remembers, and how many answers that nobody asked for."""
 
 
 class Attempt:
@@ -90,6 +94,52 @@ class Attempt:
             self._work = work = Work(state, done, report, deadline, wanted)
         lane.put(work)
         return ended.result(), work.seconds
+
+
+class Attempts:
+    """The attempts of a process, by ticket. Each is there from whatever comes first until its router has the answer."""
+
+    def __init__(self) -> None:
+        self._all: dict[str, Attempt] = {}
+        self._unwanted: deque[str] = deque(maxlen=REMEMBERED)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def all(self) -> list[tuple[str, Attempt]]:
+        """Return all there are, with their tickets."""
+        with self._lock:
+            return list(self._all.items())
+
+    def open(self, ticket: str) -> Attempt:
+        """Return the attempt at a ticket, which whoever comes first opens."""
+        with self._lock:
+            if (attempt := self._all.get(ticket)) is None:
+                attempt = Attempt()
+                if ticket in self._unwanted:
+                    attempt.cancel()
+                    return attempt
+                self._all[ticket] = attempt
+                if len(self._all) > REMEMBERED:  # answers that nobody asks for: their router is gone
+                    done = [name for name, each in self._all.items() if each.answer.done() and not each.asked]
+                    for name in done:
+                        del self._all[name]
+            return attempt
+
+    def close(self, ticket: str) -> None:
+        """Forget an attempt that is answered, and refuse its state, by whatever way it may still come."""
+        with self._lock:
+            self._all.pop(ticket, None)
+            self._unwanted.append(ticket)
+
+    def cancel(self, ticket: str) -> None:
+        """Stop a ticket before its next step, or before it begins."""
+        with self._lock:
+            if (attempt := self._all.get(ticket)) is None:
+                self._unwanted.append(ticket)
+            else:
+                attempt.cancel()
 
 
 def failure(error: Exception) -> Answer:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayEr
 
 import triptych
 from triptych.components.acceleration import parse_acceleration
+from triptych.components.dtypes import parse_dtype
 from triptych.engine.base import Engine
 from triptych.engine.choice import Policy
 from triptych.engine.inbox import SMALL, Inbox, Order
@@ -33,8 +34,9 @@ from triptych.engine.ray_replica import RayReplica
 from triptych.engine.replica import Handover, Ticket
 from triptych.engine.router import Router
 from triptych.errors import ModelError, RemoteError, UsageError, WireError, from_text
-from triptych.roles import RoleType
-from triptych.runtime.model import load
+from triptych.pipelines.registry import find_family
+from triptych.roles import WORKERS, RoleType
+from triptych.runtime.model import Model, identity_of
 from triptych.runtime.preview import Projection
 from triptych.state import State
 
@@ -93,11 +95,17 @@ class RayEngine(Engine):
         options: dict[str, Any] = {"dtype": dtype, "tasks": tasks, "revision": revision, "variant": variant}
         options["acceleration"] = parse_acceleration(acceleration)
         self.router = Router(lambda handover: handover.payload.result, policy=policy, max_waiting=max_waiting)
-        self.front = load(source, role=RoleType.SERVER, device="cpu", **options)
-        self._check_pools(wanted)
+        family = find_family(source, revision=revision, variant=variant)
+        chosen = family.select_tasks(tasks)
+        _check_pools(wanted, {stage.role for _, stage in family.stages_of(WORKERS, chosen)})
         if transport not in TRANSPORTS:
             raise UsageError(f"transport={transport!r}: {' or '.join(TRANSPORTS)} is accepted")
-        identity = {"version": triptych.__version__, "transport": transport, **self.front.identity}
+        dtypes = parse_dtype(dtype, family.repository)
+        identity = {
+            "version": triptych.__version__,
+            "transport": transport,
+            **identity_of(family.repository, dtypes, options["acceleration"]),
+        }
         everywhere = sum(pool.most * ranks_of(pool.roles, options["acceleration"]) for pool in wanted)
         arguments = {
             "source": str(source),
@@ -108,34 +116,52 @@ class RayEngine(Engine):
             "prompt_cache": prompt_cache,
             "faults": faults,
         }
-        self._started_ray = connect(address) if connecting is None else connecting.result()
-        self._watch()
-        try:
-            self._start(wanted, gpus or {}, identity, arguments)
-        except BaseException:
-            self._closed.set()
-            if self._started_ray:
-                ray.shutdown()
-            raise
-        if warm_up:
-            self.warm_up()
+        started = connect(address) if connecting is None else connecting.result()
+        with ExitStack() as undo:
+            if started:
+                undo.callback(ray.shutdown)
+            self._watch()
+            undo.callback(self._closed.set)
+            if any(RoleType.DENOISER in pool.roles for pool in wanted):
+                check_place(family, chosen, gpus or {}, options["acceleration"])
+            self._start(undo, wanted, gpus or {}, identity, arguments)
+            # Its libraries take seconds to import. Meanwhile the replicas import theirs, and prove the graph as this does.
+            family.check()
+            self.front = Model(family, frozenset(), torch.device("cpu"), dtype, chosen, options["acceleration"])
+            self._wait_until_ready()
+            if warm_up:
+                self.warm_up()
+            self._undo = undo.pop_all()
 
     def _start(
-        self, pools: list[Pool], gpus: dict[RoleType, float], identity: dict[str, str], arguments: dict[str, Any]
+        self,
+        undo: ExitStack,
+        pools: list[Pool],
+        gpus: dict[RoleType, float],
+        identity: dict[str, str],
+        arguments: dict[str, Any],
     ) -> None:
-        """Take part in the service, and wait until every role has a replica."""
-        if any(RoleType.DENOISER in pool.roles for pool in pools):
-            check_place(self.front.family, self.front.tasks, gpus, arguments["options"]["acceleration"])
+        """Take part in the service: start the replicas that it lacks, and hear what becomes of them."""
         self._happened: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._results: dict[str, Ticket] = {}
         self._inbox = Inbox(self._receive)
+        undo.callback(self._inbox.close)
         self._keeper = PoolKeeper(self.router, identity, self._expect, lambda *happened: self._happened.put(happened))
+        undo.callback(self._keeper.leave)
         self._keeper.declare(pools, gpus, **arguments)
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._handle, self._pulse)]
         self._keeper.pulse()
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._handle, self._pulse)]
+        undo.callback(self._stop)
         for thread in self._threads:
             thread.start()
-        self._wait_until_ready()
+
+    def _stop(self) -> None:
+        """End this engine's threads."""
+        self._closed.set()
+        self._happened.put(())
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
 
     def hand_in(self, state: State) -> Handover:
         data = np.frombuffer(state.to_bytes(), np.uint8)
@@ -184,29 +210,12 @@ class RayEngine(Engine):
 
     def close(self, timeout: float | None = None) -> None:
         self._drain(timeout)
-        self._closed.set()
-        self._happened.put(())
-        for thread in self._threads:
-            thread.join()
-        self._keeper.leave()
-        self._inbox.close()
-        if self._started_ray:
-            ray.shutdown()
-
-    def _check_pools(self, pools: list[Pool]) -> None:
-        served = {role for pool in pools for role in pool.roles}
-        missing = {role for role, _ in self.front.route()} - served
-        if pools and missing:
-            names = ", ".join(sorted(role.value for role in missing))
-            raise UsageError(f"pools: no replica runs the role {names}; add {names}=1")
+        self._undo.close()
 
     def _wait_until_ready(self) -> None:
         while not self.ready():
             failed = next((each for each in self.replicas if each.failure is not None), None)
             if failed is not None:
-                self._closed.set()
-                self.router.max_waiting = 0
-                self._keeper.leave()
                 raise ModelError(f"replica {failed.name} could not start: {failed.failure}")
             time.sleep(0.02)
 
@@ -239,7 +248,7 @@ class RayEngine(Engine):
                 if what == "finished":
                     self._finished(replica, future, *details)
                 else:
-                    self._told(replica, future, *details)
+                    replica.hear(self.router, future, *details)
             except Exception:  # one replica's answer must not end the thread that hears them all
                 log.exception("%s: what it told could not be handled", replica.name)
 
@@ -276,36 +285,16 @@ class RayEngine(Engine):
         except (ObjectLostError, OwnerDiedError, WireError) as error:
             return WireError(f"the result was lost: {error}")
 
-    def _told(self, replica: RayReplica, future: Future[Any], asked: float) -> None:
-        if asked != replica.asked:
-            return  # an answer of the process that has died since, or of its death
-        replica.asked = None
-        error = future.exception()
-        if error is not None:
-            if replica.state == "ready":
-                replica.lose(self.router, f"{replica.name} died ({type(error).__name__})")
-            elif "creation task" in str(error):
-                replica.failure = error
-            return
-        told = future.result()
-        if replica.state == "starting":
-            replica.told = told
-            replica.state = "ready"
-            log.info("replica %s is ready: %.1f MB on %s", replica.name, told["loaded_bytes"] / 1e6, told["device"])
-            if told["niceness"] > 0:
-                log.warning(
-                    "replica %s gets only what the rest of its machine leaves it (niceness %d): start Ray there with "
-                    "RAY_worker_niceness=0",
-                    replica.name,
-                    told["niceness"],
-                )
-            self.router.add(replica)
-        elif replica.state == "ready":
-            replica.hear(told)
-
     def _pulse(self) -> None:
         while not self._closed.wait(PULSE):
             try:
                 self._keeper.pulse()
             except RayError as error:
                 log.warning("the cluster does not answer: %s", error)
+
+
+def _check_pools(pools: list[Pool], roles: set[RoleType]) -> None:
+    missing = roles - {role for pool in pools for role in pool.roles}
+    if pools and missing:
+        names = ", ".join(sorted(role.value for role in missing))
+        raise UsageError(f"pools: no replica runs the role {names}; add {names}=1")

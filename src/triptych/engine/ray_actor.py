@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import triptych
 from triptych.errors import ReplicaRefusedError
 from triptych.roles import RoleType
+from triptych.runtime.collection import collection_paused
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,11 +26,14 @@ if TYPE_CHECKING:
     from triptych.engine.attempt import Attempt
     from triptych.engine.direct import Placed
     from triptych.engine.inbox import Order
+    from triptych.engine.local import LanesReplica
     from triptych.state import State
 
+log = logging.getLogger(__name__)
 
-_REMEMBERED = 256
-"""How many tickets that are done, or taken back, a replica remembers, and how many answers that nobody asked for."""
+
+_LOOK = 1.5
+"""Seconds that a sign of life may wait for the end of loading, so that it tells of that at once."""
 
 
 class ReplicaActor:
@@ -56,12 +61,57 @@ class ReplicaActor:
         slots: dict[str, int] | None = None,
         faults: dict[str, float] | None = None,
     ) -> None:
+        from triptych.engine.attempt import Attempts
+        from triptych.engine.inbox import Inbox
+
         if threads is not None:
             os.environ["OMP_NUM_THREADS"] = str(threads)  # read once, when torch is imported
+        self._nixl = (expected or {}).get("transport") == "nixl"
+        self._faults = faults or {}
+        self._hops = {"count": 0, "bytes": 0, "seconds": 0.0}
+        self._attempts = Attempts()
+        self._inbox = Inbox(self._receive)
+        self._identity: dict[str, str] = {}
+        self._loaded: Future[LanesReplica] = Future()
+
+        def load() -> None:
+            try:
+                with collection_paused():
+                    replica = self._load(
+                        name,
+                        source,
+                        roles,
+                        options,
+                        expected,
+                        threads=threads,
+                        budget=budget,
+                        prompt_cache=prompt_cache,
+                        slots=slots,
+                    )
+                self._loaded.set_result(replica)
+            except Exception as error:  # noqa: BLE001 (told to whoever asks how things stand)
+                self._loaded.set_exception(error)
+
+        # In a thread of its own, so that this process can tell meanwhile that it is alive.
+        threading.Thread(target=load, name="loading", daemon=True).start()
+
+    def _load(
+        self,
+        name: str,
+        source: str,
+        roles: str,
+        options: dict[str, Any],
+        expected: dict[str, str] | None,
+        *,
+        threads: int | None,
+        budget: int | None,
+        prompt_cache: int,
+        slots: dict[str, int] | None,
+    ) -> LanesReplica:
+        """Load the model, and open its lanes."""
         import torch
 
         from triptych.engine.direct import check_nixl
-        from triptych.engine.inbox import Inbox
         from triptych.engine.local import LanesReplica
         from triptych.engine.ranks import with_ranks
         from triptych.runtime.model import load
@@ -70,14 +120,13 @@ class ReplicaActor:
             torch.set_num_threads(threads)
         ranks, options = with_ranks(source, roles, options, threads)
         model = load(source, role=roles, **options)
-        mine = {
+        self._identity = {
             "version": triptych.__version__,
-            "transport": (expected or {}).get("transport", "host"),
+            "transport": "nixl" if self._nixl else "host",
             **model.identity,
         }
-        if expected is not None and mine != expected:
-            raise ReplicaRefusedError(difference(mine, expected))
-        self._nixl = mine["transport"] == "nixl"
+        if expected is not None and self._identity != expected:
+            raise ReplicaRefusedError(difference(self._identity, expected))
         if self._nixl:
             check_nixl()
         if ranks is not None:
@@ -85,23 +134,25 @@ class ReplicaActor:
             budget = 0 if ranks.apart else budget
         shares = None if threads is None else {role: threads for role in model.roles}
         given = {RoleType(role): count for role, count in (slots or {}).items()}
-        self._replica = LanesReplica(name, model, threads=shares, budget=budget, prompt_cache=prompt_cache, slots=given)
-        self._identity = mine
-        self._faults = faults or {}
-        self._hops = {"count": 0, "bytes": 0, "seconds": 0.0}
-        self._attempts: dict[str, Attempt] = {}
-        self._unwanted: deque[str] = deque(maxlen=_REMEMBERED)
-        self._lock = threading.Lock()
-        self._inbox = Inbox(self._receive)
+        return LanesReplica(name, model, threads=shares, budget=budget, prompt_cache=prompt_cache, slots=given)
+
+    @property
+    def _replica(self) -> LanesReplica:
+        return self._loaded.result()
 
     def describe(self) -> dict[str, Any]:
-        """Return who and where it is, as plain values."""
+        """Return who and where it is, as plain values, once it has loaded.
+
+        Raises:
+            Exception: what loading failed with.
+        """
+        return {**self._replica.describe(), **self._identity, **self._process, "hops": dict(self._hops)}
+
+    @cached_property
+    def _process(self) -> dict[str, Any]:
         import ray
 
         return {
-            **self._replica.describe(),
-            **self._identity,
-            "hops": dict(self._hops),
             "pid": os.getpid(),
             "niceness": os.getpriority(os.PRIO_PROCESS, 0),
             "node": ray.get_runtime_context().get_node_id(),
@@ -117,44 +168,25 @@ class ReplicaActor:
         Returns what became of it, and the state after it in its wire form (empty where it failed), or where it lies: two
         Ray objects, so that the router reads the first and passes the second on without reading it.
         """
-        attempt = self._attempt(order.ticket)
+        attempt = self._attempts.open(order.ticket)
         attempt.asked = True
         try:
             if data is not None and attempt.begin():
                 self._answer(attempt, order, data)
             return attempt.answer.result()
         finally:
-            with self._lock:
-                self._attempts.pop(order.ticket, None)
-                self._unwanted.append(order.ticket)  # by whatever way its state may still come
+            self._attempts.close(order.ticket)
 
     def hand(self, order: Order, data: npt.NDArray[np.uint8] | Placed) -> None:
         """Give a ticket that waits for its state what could not come straight from another process."""
-        attempt = self._attempt(order.ticket)
+        attempt = self._attempts.open(order.ticket)
         if attempt.begin():
             self._answer(attempt, order, data)
 
     def _receive(self, order: Order, data: memoryview) -> Callable[[], None] | None:
         """Take a state that comes straight from another process."""
-        attempt = self._attempt(order.ticket)
+        attempt = self._attempts.open(order.ticket)
         return partial(self._answer, attempt, order, data) if attempt.begin() else None
-
-    def _attempt(self, ticket: str) -> Attempt:
-        """Return the attempt of that name, which whoever comes first opens."""
-        from triptych.engine.attempt import Attempt
-
-        with self._lock:
-            if (attempt := self._attempts.get(ticket)) is None:
-                attempt = Attempt()
-                if ticket in self._unwanted:
-                    attempt.cancel()
-                    return attempt
-                self._attempts[ticket] = attempt
-                if len(self._attempts) > _REMEMBERED:  # answers that nobody asks for: their router is gone
-                    done = [name for name, each in self._attempts.items() if each.answer.done() and not each.asked]
-                    for name in done:
-                        del self._attempts[name]
-            return attempt
 
     def _answer(self, attempt: Attempt, order: Order, data: memoryview | npt.NDArray[np.uint8] | Placed) -> None:
         """Run a segment that was begun, and send the state after it where it is waited for."""
@@ -179,6 +211,7 @@ class ReplicaActor:
             turns = [role.value for role in finished.route[finished.position :]]
             outcome: dict[str, Any] = {"turns": turns, "seconds": seconds, "handed": handed}
         except Exception as error:  # noqa: BLE001 (told to the router, which knows whose fault it is)
+            _end_if_broken(error)
             outcome, after = failure(error)
         if attempt.previews:
             outcome["previews"] = attempt.previews
@@ -225,29 +258,43 @@ class ReplicaActor:
 
     def cancel(self, ticket: str) -> None:
         """Stop a ticket before its next step, or before it begins."""
-        with self._lock:
-            if (attempt := self._attempts.get(ticket)) is None:
-                self._unwanted.append(ticket)
-            else:
-                attempt.cancel()
+        self._attempts.cancel(ticket)
 
     def busy(self) -> int:
         """Return how many segments it has, or waits for."""
-        return sum(not each.answer.done() for each in list(self._attempts.values()))
+        return sum(not each.answer.done() for _, each in self._attempts.all())
 
     def beat(self) -> dict[str, Any]:
-        """Show that it is alive, and how far its tickets are."""
-        attempts = list(self._attempts.items())
+        """Show that it is alive, and how far its tickets are; `replica` is None while it loads.
+
+        Raises:
+            Exception: what loading failed with.
+        """
+        wait([self._loaded], _LOOK)
+        attempts = self._attempts.all()
         return {
             "progress": {ticket: each.progress for ticket, each in attempts if each.progress is not None},
             "previews": {ticket: list(each.previews) for ticket, each in attempts if each.previews},
-            "replica": {**self._replica.describe(), "hops": dict(self._hops), "busy": self.busy()},
+            "process": self._process,
+            "replica": {**self.describe(), "busy": self.busy()} if self._loaded.done() else None,
         }
 
     def projection(self, timeout: float) -> npt.NDArray[np.float32] | None:
         """Return the matrix that previews are made with, if its decoder can tell within `timeout` seconds."""
         found = self._replica.projection(timeout)
         return None if found is None else found.weight.numpy()
+
+
+def _end_if_broken(error: Exception) -> None:
+    """End this process where a device has failed it: nothing works there any more, and Ray starts another one.
+
+    Its requests go elsewhere as those of any process that dies.
+    """
+    import torch
+
+    if isinstance(error, getattr(torch, "AcceleratorError", ())):  # PyTorch has it from 2.8 on
+        log.critical("this replica ends, because its device has failed: %s", error)
+        os._exit(1)
 
 
 def difference(mine: dict[str, str], expected: dict[str, str]) -> str:

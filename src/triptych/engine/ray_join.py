@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from triptych.components.acceleration import parse_acceleration
 from triptych.engine.local import PROMPT_CACHE
@@ -81,9 +81,11 @@ def join(
     )
     try:
         told = ray.get(actor.describe.remote())
+    except RayTaskError as error:
+        if isinstance(error.cause, ReplicaRefusedError):
+            raise error.cause from None
+        raise ModelError(f"the replica could not start: {error.cause}") from error
     except RayActorError as error:
-        if ReplicaRefusedError.__name__ in str(error):
-            raise ReplicaRefusedError(str(error).rstrip().rpartition("\n")[2].partition(": ")[2]) from None
         raise ModelError(f"the replica could not start: {error}") from error
     ray.get(register.add.remote(name, role.value, joined=True))
     if on_ready is not None:

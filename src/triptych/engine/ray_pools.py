@@ -23,8 +23,6 @@ from triptych.roles import RoleType, parse_roles
 
 log = logging.getLogger(__name__)
 
-SILENCE = 3.0
-"""Seconds without a sign of life after which a replica is taken to hang, and is killed."""
 SCALE_AFTER = 3.0
 """Seconds of waiting work for each replica of a pool, beyond which it gets another, if it may."""
 IDLE = 60.0
@@ -126,11 +124,12 @@ class PoolKeeper:
             replica.busy = time.monotonic()
         if replica.state == "ready" and replica.is_gone():
             replica.lose(self._router, f"{replica.name} died")
-        if replica.asked is None:
+        if replica.asked is None and replica.failure is None:
             replica.ask()
-        elif replica.state == "ready" and time.monotonic() - replica.asked > SILENCE:
+        elif replica.hangs():
+            silent = replica.silent
             replica.kill()
-            replica.lose(self._router, f"{replica.name} gave no sign of life for {SILENCE:.0f} s")
+            replica.lose(self._router, f"{replica.name} gave no sign of life for {silent:.1f} s")
         if keeping and replica.drained and not replica.joined:
             self._register.remove.remote(replica.name)
             self._members.pop(replica.name, None)

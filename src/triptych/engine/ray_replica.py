@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayTaskError
 
 from triptych.engine.inbox import Order, send
 from triptych.engine.local import SLOTS
@@ -22,6 +24,10 @@ from triptych.roles import RoleType, parse_roles
 
 log = logging.getLogger(__name__)
 
+SILENCE = 3.0
+"""Seconds without a sign of life after which a replica is taken to hang, and is killed."""
+SILENCE_LOADING = 60.0
+"""The same while it loads, when a single library or file can keep its process from answering."""
 _QUIET = 3
 """Signs of life without work after which a draining replica is done: by then every router knows that it is draining."""
 
@@ -54,8 +60,9 @@ class RayReplica(Replica):
         self.told: dict[str, Any] = {}
         self.asked: float | None = None  # when it was asked for a sign of life that has not come yet
         self.busy = time.monotonic()  # when it last had work
-        self.failure: BaseException | None = None
+        self.failure: BaseException | None = None  # why it could not load
         self.losses = 0  # times it died or hung
+        self._loading = False  # whether the process that it has now has given a sign of life, but has not loaded
         self._quiet = 0  # signs of life since it was to be given nothing more, in which it had nothing
         self._expect = expect
         self._later = later
@@ -88,13 +95,40 @@ class RayReplica(Replica):
         self.actor.cancel.remote(ticket.name)
 
     def ask(self) -> None:
-        """Ask for a sign of life; a starting replica answers when it has loaded."""
+        """Ask for a sign of life."""
         self.asked = time.monotonic()
-        method = self.actor.describe if self.state == "starting" else self.actor.beat
-        self._when_there(method.remote(), "told", self.asked)
+        self._when_there(self.actor.beat.remote(), "told", self.asked)
 
-    def hear(self, beat: dict[str, Any]) -> None:
-        """Take note of a sign of life: how far its tickets are, and how many it takes at a time."""
+    def hear(self, router: Router, future: Future[Any], asked: float) -> None:
+        """Take note of the sign of life that was asked for then, or of Ray's error in its place."""
+        if asked != self.asked:
+            return  # an answer of the process that has died since, or of its death
+        self.asked = None
+        error = future.exception()
+        if error is not None:
+            self._hear_error(router, error)
+            return
+        beat = future.result()
+        if beat["replica"] is None:
+            self.told.update(beat["process"])
+            self._loading = True
+            return
+        self._note(beat)
+        if self.state == "starting":
+            self._let_in(router)
+
+    def _hear_error(self, router: Router, error: BaseException) -> None:
+        if self.state == "ready":
+            self.lose(router, f"{self.name} died ({type(error).__name__})")
+        elif self.state == "starting" and (isinstance(error, RayTaskError) or "creation task" in str(error)):
+            self.failure = getattr(error, "cause", error)
+            log.error("replica %s cannot start: %s", self.name, self.failure)
+            ray.kill(self.actor, no_restart=True)
+        else:
+            self._loading = False  # it died while it loaded: Ray starts another process
+
+    def _note(self, beat: dict[str, Any]) -> None:
+        """Take note of how far its tickets are, and how many it takes at a time."""
         self.told.update(beat["replica"])
         self.slots.update({RoleType(role): many for role, many in beat["replica"]["slots"].items()})
         self._quiet = self._quiet + 1 if self.draining and not beat["replica"]["busy"] else 0
@@ -104,6 +138,30 @@ class RayReplica(Replica):
                 ticket.report(*step)
             for preview in beat["previews"].get(ticket.name, ()):
                 ticket.show(*preview)
+
+    def _let_in(self, router: Router) -> None:
+        """Give it its share of the work, now that it has loaded."""
+        self.state, self._loading = "ready", False
+        log.info("replica %s is ready: %.1f MB on %s", self.name, self.told["loaded_bytes"] / 1e6, self.told["device"])
+        if self.told["niceness"] > 0:
+            log.warning(
+                "replica %s gets only what the rest of its machine leaves it (niceness %d): start Ray there with "
+                "RAY_worker_niceness=0",
+                self.name,
+                self.told["niceness"],
+            )
+        router.add(self)
+
+    @property
+    def silent(self) -> float:
+        """Seconds since it was asked for a sign of life that has not come yet."""
+        return 0.0 if self.asked is None else time.monotonic() - self.asked
+
+    def hangs(self) -> bool:
+        """Return whether its process has given no sign of life for too long."""
+        if self.state == "ready":
+            return self.silent > SILENCE
+        return self._loading and (self.silent > SILENCE_LOADING or (self.silent > SILENCE and self._is_stopped()))
 
     @property
     def drained(self) -> bool:
@@ -127,6 +185,16 @@ class RayReplica(Replica):
                 return True
         return False
 
+    def _is_stopped(self) -> bool:
+        """Return whether somebody has stopped its process, where that can be seen from here."""
+        if not self._is_here:
+            return False
+        try:
+            told = Path(f"/proc/{self.told['pid']}/stat").read_text()
+        except OSError:  # it is gone
+            return False
+        return told.rpartition(")")[2].split()[0] == "T"  # after its name, which may hold anything
+
     @property
     def _is_here(self) -> bool:
         mine: str = ray.get_runtime_context().get_node_id()
@@ -138,9 +206,9 @@ class RayReplica(Replica):
         return self.told.get("node")
 
     def lose(self, router: Router, reason: str) -> None:
-        """Take note that the process has died; its tickets go elsewhere, and Ray starts it anew."""
-        if self.state == "ready":
-            self.state, self.asked = "starting", None
+        """Take note that the process has died or was killed; its tickets go elsewhere, and Ray starts it anew."""
+        if self.state != "closed":
+            self.state, self.asked, self._loading = "starting", None, False
             self.losses += 1
             log.warning("%s; its requests go elsewhere, and it is started anew", reason)
             router.remove(self, reason)

@@ -37,6 +37,16 @@ def family_of(pipeline: str) -> type[Family]:
     return families()[pipeline]
 
 
+def find_family(source: str | Path, *, revision: str | None = None, variant: str | None = None) -> Family:
+    """Open a model repository, for whoever `check`s its family later: that imports the model's libraries.
+
+    Raises:
+        ModelError: the repository is missing, damaged or not served.
+    """
+    repository = Repository.open(source, revision=revision, variant=variant)
+    return family_of(repository.family)(repository)
+
+
 def open_family(source: str | Path, *, revision: str | None = None, variant: str | None = None) -> Family:
     """Open a model repository and prove its family's graph; reads no weights.
 
@@ -44,7 +54,6 @@ def open_family(source: str | Path, *, revision: str | None = None, variant: str
         ModelError: the repository is missing, damaged or not served, or lacks a component.
         RecipeError: the family's stages contradict each other.
     """
-    repository = Repository.open(source, revision=revision, variant=variant)
-    family = family_of(repository.family)(repository)
+    family = find_family(source, revision=revision, variant=variant)
     family.check()
     return family
