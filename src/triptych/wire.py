@@ -232,7 +232,7 @@ def _digest(view: memoryview) -> bytes:
 
 
 def _dump(node: object) -> str:
-    return json.dumps(node, separators=(",", ":"), allow_nan=False)
+    return _ENCODER.encode(node)
 
 
 def _dump_header(header: Mapping[str, JSON]) -> str:
@@ -246,7 +246,7 @@ def _dump_header(header: Mapping[str, JSON]) -> str:
 
 
 def _load(text: str) -> dict[str, Any]:
-    node = json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse)
+    node = _DECODER.decode(text)
     if not isinstance(node, dict):
         raise WireError("the JSON of a state is no object")
     return node
@@ -261,3 +261,7 @@ def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _refuse(constant: str) -> None:
     raise WireError(f"{constant} is not JSON")
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_constant=_refuse)
