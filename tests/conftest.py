@@ -19,6 +19,10 @@ import tiny
 import torch
 
 torch.set_num_threads(1)
+if torch.backends.cpu.get_cpu_capability() == "AVX2":
+    # MKL rounds by where tensors lie in memory there: diffusers' pipeline differs from itself. It reads this when it is
+    # first asked to compute, here and in the processes that tests start.
+    os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 torch.use_deterministic_algorithms(True, warn_only=True)  # some kernels on a GPU have no such form
 
 TinyRepo = Callable[..., Path]

@@ -273,7 +273,7 @@ def test_split_in_three_processes_writes_the_same_bytes_and_no_noise(tiny_repo: 
     repo = str(tiny_repo("flux2_klein", dtype="bfloat16"))
     Image.radial_gradient("L").convert("RGB").resize((64, 72)).save("reference.png")
     arguments = ["generate", repo, "a fox", "--image", "reference.png", "--seed", "5"]
-    arguments += ["--num-images", "2", "--steps", "2"]
+    arguments += ["--num-images", "2", "--steps", "2", "--dtype", "bfloat16"]
     arguments += ["--device", "cpu", "--height", "24"]  # the width is the model's default
     shown = []
     for name, option in (("whole.png", []), ("split.png", ["--split", "-v"])):

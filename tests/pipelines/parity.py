@@ -4,19 +4,24 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
 import triptych
+from triptych.components.dtypes import emulated
 
 ROLES = ("encoder", "denoiser", "decoder")
+
+# What a family's tests run in. Each has a quick test in bfloat16 beside these, and `test_flux2_klein` all of them.
+DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
 
 # Far above rounding (1e-6), below the weakest real effect; of pixels between 0 and 1, on average.
 VISIBLE = 5e-4
@@ -24,6 +29,16 @@ VISIBLE = 5e-4
 # Beyond `exact`: of one forward, relative to its largest value; of the final pixels, at 8 steps or fewer.
 FORWARD_TOLERANCE = 2e-5
 PIXEL_TOLERANCE = 1e-4
+
+
+def in_both_dtypes(versions: Sequence[str]) -> list[Any]:
+    """Every version in both dtypes; only the first is quick in bfloat16."""
+    return [
+        pytest.param((version, dtype), marks=pytest.mark.slow if dtype == "bfloat16" and version != versions[0] else ())
+        for version in versions
+        for dtype in ("float32", "bfloat16")
+    ]
+
 
 # One role in a process of its own: files in, files out, and the public API between. One job for each dtype. It waits for
 # a line once its models are there, so that three such processes can start side by side.
@@ -47,9 +62,15 @@ for dtype, source, target in jobs:
 
 
 class Parity:
-    """One repository, loaded four ways: by diffusers, whole, and once for each role."""
+    """One repository, loaded four ways: by diffusers, whole, and once for each role.
+
+    Args:
+        load_dtype: what we load it with, if not `dtype`; `auto` is to be `dtype`, or float32 where that is emulated.
+    """
 
     def __init__(self, repo: Path, dtype: str = "float32", *, load_dtype: str | None = None) -> None:
+        if load_dtype == "auto" and dtype in emulated():
+            dtype = "float32"
         self.repo = repo
         self.dtype = dtype
         self.pipeline = DiffusionPipeline.from_pretrained(repo, dtype=getattr(torch, dtype))

@@ -13,7 +13,7 @@ import triptych
 from triptych.errors import ParameterError, UnknownParameterError, UsageError
 from triptych.stages.denoising import Denoising
 
-from .parity import FORWARD_TOLERANCE, ROLES, Parity, assert_same, differ, start
+from .parity import DTYPES, FORWARD_TOLERANCE, ROLES, Parity, assert_same, differ, start
 
 PROMPT = "a red fox"
 # The system message takes 27 tokens of the tiny tokenizer: room is left for the prompt.
@@ -48,7 +48,7 @@ def picture(shade: int, width: int = 80, height: int = 64) -> Image.Image:
     return Image.merge("RGB", (down, right, Image.new("L", (width, height), shade)))
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=DTYPES)
 def either(request: pytest.FixtureRequest, tiny_repo: Callable[..., Path]) -> Parity:
     """In both dtypes. The bfloat16 oracle is `from_pretrained(dtype=torch.bfloat16)`."""
     return Parity(tiny_repo("flux2"), request.param)

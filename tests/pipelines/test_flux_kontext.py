@@ -12,7 +12,7 @@ from PIL import Image
 import triptych
 from triptych.errors import ParameterError, UnknownParameterError, UsageError
 
-from .parity import ROLES, Parity, assert_joined_within_tolerance, assert_same, differ
+from .parity import DTYPES, ROLES, Parity, assert_joined_within_tolerance, assert_same, differ
 
 TinyRepo = Callable[..., Path]
 
@@ -36,7 +36,7 @@ def picture(shade: int, width: int = 160, height: int = 128) -> Image.Image:
 EDIT: dict[str, Any] = {"image": picture(30), "_auto_resize": False}
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=DTYPES)
 def either(request: pytest.FixtureRequest, tiny_repo: TinyRepo) -> Parity:
     """In both dtypes. The bfloat16 oracle is `from_pretrained(dtype=torch.bfloat16)`."""
     return Parity(tiny_repo("flux_kontext"), request.param)

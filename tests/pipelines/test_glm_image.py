@@ -441,7 +441,7 @@ def test_a_bfloat16_repository_runs_in_float32_and_by_default_in_bfloat16(tiny_r
     for dtype, load_dtype in (("float32", None), ("bfloat16", "auto")):
         parity = GlmParity(repo, dtype, load_dtype=load_dtype)
         for given in ({}, {"image": [picture(30)]}):
-            assert parity.check(**CALL, **given).dtype == getattr(torch, dtype)
+            assert parity.check(**CALL, **given).dtype == getattr(torch, parity.dtype)
 
 
 def test_stages_follow_one_another_in_three_segments(exact: Parity) -> None:

@@ -18,7 +18,7 @@ import triptych
 from triptych.errors import ModelError, ParameterError, UnknownParameterError, UsageError
 from triptych.state import View
 
-from .parity import FORWARD_TOLERANCE, PIXEL_TOLERANCE, ROLES, Forwards, Parity, assert_same, differ
+from .parity import DTYPES, FORWARD_TOLERANCE, PIXEL_TOLERANCE, ROLES, Forwards, Parity, assert_same, differ
 from .tracing import Case, trace
 
 TinyRepo = Callable[..., Path]
@@ -183,7 +183,7 @@ def check_idle_bytes(repo: Path, version: str) -> None:
         assert (each.role, dict(each.unread), dict(each.unused)) == (each.role, {}, {})
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=DTYPES)
 def either(request: pytest.FixtureRequest, tiny_repo: TinyRepo) -> Video:
     """Both dtypes. The bfloat16 oracle is `from_pretrained(dtype=torch.bfloat16)`."""
     return Video(tiny_repo("helios", version="base"), "base", request.param)

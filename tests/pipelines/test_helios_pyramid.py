@@ -10,7 +10,7 @@ import torch
 import triptych
 from triptych.errors import ModelError, ParameterError, UnknownParameterError
 
-from .parity import differ
+from .parity import differ, in_both_dtypes
 from .test_helios import (
     CLIP,
     IMAGE,
@@ -30,7 +30,7 @@ VERSIONS = ("mid", "distilled")
 TinyRepo = Callable[..., Path]
 
 
-@pytest.fixture(scope="module", params=[(version, dtype) for version in VERSIONS for dtype in ("float32", "bfloat16")])
+@pytest.fixture(scope="module", params=in_both_dtypes(VERSIONS))
 def either(request: pytest.FixtureRequest, tiny_repo: TinyRepo) -> Video:
     """Both versions in both dtypes. The bfloat16 oracle is `from_pretrained(dtype=torch.bfloat16)`."""
     version, dtype = request.param

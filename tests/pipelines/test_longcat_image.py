@@ -16,7 +16,7 @@ from transformers.utils import is_torchvision_available
 import triptych
 from triptych.errors import ParameterError, UnknownParameterError, UsageError
 
-from .parity import ROLES, Parity, assert_joined_within_tolerance, assert_same, differ
+from .parity import DTYPES, ROLES, Parity, assert_joined_within_tolerance, assert_same, differ
 
 TinyRepo = Callable[..., Path]
 
@@ -67,7 +67,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline_longcat_image, "SYSTEM_PROMPT_EN", "Describe the image by detailing the color.")
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=DTYPES)
 def dtype(request: pytest.FixtureRequest) -> str:
     chosen: str = request.param
     return chosen

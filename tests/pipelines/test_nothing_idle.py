@@ -129,7 +129,15 @@ several_tasks = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
+@pytest.fixture(
+    params=[
+        pytest.param(
+            each, marks=pytest.mark.slow if each.name in ("qwen_image_edit plus=True", "ltx2 version=2.5") else ()
+        )
+        for each in CASES
+    ],
+    ids=lambda case: case.name,
+)
 def case(request: pytest.FixtureRequest) -> Case:
     chosen: Case = request.param
     return chosen

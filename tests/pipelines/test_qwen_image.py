@@ -13,7 +13,7 @@ import torch
 import triptych
 from triptych.errors import ParameterError, UnknownParameterError, UsageError, WireError, WrongRoleError
 
-from .parity import ROLES, Parity, assert_joined_within_tolerance, assert_same, differ
+from .parity import DTYPES, ROLES, Parity, assert_joined_within_tolerance, assert_same, differ
 
 PROMPT = "a red fox"
 NEGATIVE = "blurred, ugly colours and background"
@@ -21,7 +21,7 @@ CALL: dict[str, Any] = {"prompt": PROMPT, "height": 64, "width": 48, "num_infere
 GUIDED: dict[str, Any] = {**CALL, "negative_prompt": NEGATIVE, "true_cfg_scale": 4.0}
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=DTYPES)
 def either(request: pytest.FixtureRequest, tiny_repo: Callable[..., Path]) -> Parity:
     """In both dtypes. The bfloat16 oracle is `from_pretrained(dtype=torch.bfloat16)`."""
     return Parity(tiny_repo("qwen_image"), request.param)

@@ -16,7 +16,7 @@ from transformers.utils import is_torchvision_available
 import triptych
 from triptych.errors import ParameterError, UsageError
 
-from .parity import ROLES, Parity, assert_joined_within_tolerance, assert_same, differ
+from .parity import DTYPES, ROLES, Parity, assert_joined_within_tolerance, assert_same, differ
 
 TinyRepo = Callable[..., Path]
 
@@ -53,13 +53,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=DTYPES)
 def either(request: pytest.FixtureRequest, tiny_repo: TinyRepo) -> Parity:
     """In both dtypes. The bfloat16 oracle is `from_pretrained(dtype=torch.bfloat16)`."""
     return Parity(tiny_repo("qwen_image_edit"), request.param)
 
 
-@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=DTYPES)
 def either_plus(request: pytest.FixtureRequest, tiny_repo: TinyRepo) -> Parity:
     return Parity(tiny_repo("qwen_image_edit", plus=True), request.param)
 

@@ -14,7 +14,7 @@ from transformers.utils import is_torchvision_available
 import triptych
 from triptych.errors import ParameterError, UsageError
 
-from .parity import PIXEL_TOLERANCE, ROLES, Forwards, Parity, assert_same, differ
+from .parity import DTYPES, PIXEL_TOLERANCE, ROLES, Forwards, Parity, assert_same, differ
 
 TinyRepo = Callable[..., Path]
 
@@ -51,7 +51,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=DTYPES)
 def either(request: pytest.FixtureRequest, tiny_repo: TinyRepo) -> Parity:
     """In both dtypes. The bfloat16 oracle is `from_pretrained(dtype=torch.bfloat16)`."""
     return Parity(tiny_repo("qwen_image_layered"), request.param)

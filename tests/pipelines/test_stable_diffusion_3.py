@@ -13,7 +13,7 @@ import triptych
 from triptych.errors import ParameterError, UnknownParameterError, UsageError
 
 from . import parity
-from .parity import ROLES, Forwards, Parity, assert_same, differ
+from .parity import DTYPES, ROLES, Forwards, Parity, assert_same, differ
 
 TinyRepo = Callable[..., Path]
 
@@ -26,7 +26,7 @@ PLAIN = {**PLAIN, "guidance_scale": 1.0}
 SKIPPING: dict[str, Any] = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.6}
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=DTYPES)
 def either(request: pytest.FixtureRequest, tiny_repo: TinyRepo) -> Parity:
     """In both dtypes. The bfloat16 oracle is `from_pretrained(dtype=torch.bfloat16)`."""
     return Parity(tiny_repo("stable_diffusion_3"), request.param)

@@ -24,6 +24,7 @@ from .parity import (
     assert_joined_within_tolerance,
     assert_same,
     differ,
+    in_both_dtypes,
 )
 
 VERSIONS = ("2.1", "2.2", "2.2-5b")
@@ -43,7 +44,7 @@ CALL: dict[str, Any] = {
 GUIDED: dict[str, Any] = {**CALL, "negative_prompt": NEGATIVE, "guidance_scale": 4.0}
 
 
-@pytest.fixture(scope="module", params=[(version, dtype) for version in VERSIONS for dtype in ("float32", "bfloat16")])
+@pytest.fixture(scope="module", params=in_both_dtypes(VERSIONS))
 def either(request: pytest.FixtureRequest, tiny_repo: TinyRepo) -> Parity:
     """Every version in both dtypes. The bfloat16 oracle is `from_pretrained(dtype=torch.bfloat16)`."""
     version, dtype = request.param

@@ -19,7 +19,7 @@ import triptych
 from triptych.errors import ModelError, ParameterError, UnknownParameterError, UsageError
 from triptych.pipelines.wan_dmd import SHIFT, TIMESTEPS
 
-from .parity import ROLES, Parity, assert_same, differ
+from .parity import ROLES, Parity, assert_same, differ, in_both_dtypes
 from .tracing import Case, trace
 
 VERSIONS = ("2.1", "2.2-5b", "i2v")
@@ -131,7 +131,7 @@ class FastVideo(Parity):
         return self.pipeline.video_processor.postprocess_video(pixels, output_type=output_type)
 
 
-@pytest.fixture(scope="module", params=[(version, dtype) for version in VERSIONS for dtype in ("float32", "bfloat16")])
+@pytest.fixture(scope="module", params=in_both_dtypes(VERSIONS))
 def either(request: pytest.FixtureRequest, tiny_repo: TinyRepo) -> FastVideo:
     version, dtype = request.param
     return FastVideo(tiny_repo("wan_dmd", version=version), version, dtype)

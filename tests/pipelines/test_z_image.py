@@ -12,7 +12,7 @@ import triptych
 from triptych.errors import ParameterError, UnknownParameterError, UsageError
 from triptych.stages.denoising import Denoising
 
-from .parity import FORWARD_TOLERANCE, ROLES, Parity, assert_same, differ
+from .parity import DTYPES, FORWARD_TOLERANCE, ROLES, Parity, assert_same, differ
 
 PROMPT = "a red fox"
 NEGATIVE = "blurred, ugly colours and background, and so on until the text is longer than the other one"
@@ -21,7 +21,7 @@ GUIDED: dict[str, Any] = {**CALL, "guidance_scale": 3.0, "negative_prompt": NEGA
 PLAIN: dict[str, Any] = {**CALL, "guidance_scale": 0.0}
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=DTYPES)
 def either(request: pytest.FixtureRequest, tiny_repo: Callable[..., Path]) -> Parity:
     """In both dtypes. The bfloat16 oracle is `from_pretrained(dtype=torch.bfloat16)`."""
     return Parity(tiny_repo("z_image"), request.param)
