@@ -20,6 +20,7 @@ import triptych.engine  # before ray: it asks for Ray's authentication
 import ray  # isort: skip
 from triptych.engine.pools import parse_pools
 from triptych.engine.ray import RayEngine, RayReplica
+from triptych.engine.ray_replica import GIVE_UP
 from triptych.errors import Cancelled, ReplicaRefusedError, UsageError
 from triptych.request import Request
 
@@ -145,6 +146,27 @@ def test_a_process_that_is_stopped_while_it_loads_is_found_and_replaced(
     wait_until(lambda: victim.losses == losses + 2, 8)
     job = engine.submit(Request(**ASK))
     assert torch.equal(job.result(120).images, whole.generate(**ASK).images)
+
+
+@pytest.mark.slow
+def test_a_replica_whose_processes_die_while_they_load_is_given_up_and_harms_nobody(
+    engine: RayEngine, whole: triptych.Model
+) -> None:
+    wait_until(lambda: all_ready(engine))
+    before = set(of(engine, "encoder"))
+    engine.scale("encoder", len(before) + 1)
+    wait_until(lambda: len(of(engine, "encoder")) > len(before))
+    (added,) = set(of(engine, "encoder")) - before
+    killed: set[int] = set()
+    while len(killed) < GIVE_UP:
+        wait_until(lambda: added._loading and added.told["pid"] not in killed)
+        os.kill(added.told["pid"], signal.SIGKILL)
+        killed.add(added.told["pid"])
+    wait_until(lambda: added.failure is not None)
+    assert f"{GIVE_UP} processes died while they loaded" in str(added.failure) and added.state == "starting"
+    assert torch.equal(engine.submit(Request(**ASK)).result(120).images, whole.generate(**ASK).images)
+    engine.drain(added.name)
+    wait_until(lambda: added not in engine.replicas)
 
 
 def test_a_job_is_cancelled_in_another_process(engine: RayEngine) -> None:

@@ -28,6 +28,8 @@ SILENCE = 3.0
 """Seconds without a sign of life after which a replica is taken to hang, and is killed."""
 SILENCE_LOADING = 60.0
 """The same while it loads, when a single library or file can keep its process from answering."""
+GIVE_UP = 3
+"""Processes that may die while they load, where none has loaded before: such a model would never be ready."""
 _QUIET = 3
 """Signs of life without work after which a draining replica is done: by then every router knows that it is draining."""
 
@@ -60,7 +62,7 @@ class RayReplica(Replica):
         self.told: dict[str, Any] = {}
         self.asked: float | None = None  # when it was asked for a sign of life that has not come yet
         self.busy = time.monotonic()  # when it last had work
-        self.failure: BaseException | None = None  # why it could not load
+        self.failure: BaseException | None = None  # why it will never be ready
         self.losses = 0  # times it died or hung
         self._loading = False  # whether the process that it has now has given a sign of life, but has not loaded
         self._quiet = 0  # signs of life since it was to be given nothing more, in which it had nothing
@@ -110,6 +112,8 @@ class RayReplica(Replica):
             return
         beat = future.result()
         if beat["replica"] is None:
+            if self._loading and self.told["pid"] != beat["process"]["pid"]:
+                self._lose_loading()
             self.told.update(beat["process"])
             self._loading = True
             return
@@ -121,11 +125,24 @@ class RayReplica(Replica):
         if self.state == "ready":
             self.lose(router, f"{self.name} died ({type(error).__name__})")
         elif self.state == "starting" and (isinstance(error, RayTaskError) or "creation task" in str(error)):
-            self.failure = getattr(error, "cause", error)
-            log.error("replica %s cannot start: %s", self.name, self.failure)
-            ray.kill(self.actor, no_restart=True)
-        else:
-            self._loading = False  # it died while it loaded: Ray starts another process
+            self._give_up(getattr(error, "cause", error))
+        elif self._loading:
+            self._lose_loading()
+
+    def _lose_loading(self) -> None:
+        """Take note that its process died before it had loaded; Ray starts another one."""
+        self._loading = False
+        self.losses += 1
+        log.warning("%s died while it loaded, and is started anew", self.name)
+        if self.losses >= GIVE_UP and "loaded_bytes" not in self.told:
+            problem = f"{self.losses} processes died while they loaded: is there memory enough for it?"
+            self._give_up(RuntimeError(problem))
+
+    def _give_up(self, error: BaseException) -> None:
+        """Take note that it will never be ready."""
+        self.failure = error
+        log.error("replica %s cannot start: %s", self.name, error)
+        ray.kill(self.actor, no_restart=True)
 
     def _note(self, beat: dict[str, Any]) -> None:
         """Take note of how far its tickets are, and how many it takes at a time."""
