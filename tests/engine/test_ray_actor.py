@@ -68,7 +68,7 @@ def test_a_state_that_comes_straight_is_computed_before_the_router_asks(
     outcome, after = encoder.run(order(encoder, "one"), None)
     assert outcome["turns"] == ["denoiser", "decoder"]
     assert State.from_bytes(after.data).next_role == "denoiser"
-    assert len(encoder._attempts) == 0
+    assert len(encoder._attempts.all()) == 0
     assert encoder.busy() == 0
 
 
@@ -82,7 +82,7 @@ def test_a_state_that_comes_both_ways_is_computed_once(
     assert not send(order(encoder, "both"), request_bytes.data), "and one that is late is refused"
     encoder.hand(order(encoder, "both"), request_bytes)
     assert len(seen) == 1
-    assert len(encoder._attempts) == 0
+    assert len(encoder._attempts.all()) == 0
 
 
 def test_a_chain_of_orders_ends_with_the_result_where_it_is_waited_for(
@@ -130,14 +130,14 @@ def test_what_is_taken_back_before_its_state_comes_is_not_computed(
     assert answers[0][0]["error"][0] == "Cancelled"
     assert not send(order(encoder, "late"), request_bytes.data)
     assert seen == []
-    assert len(encoder._attempts) == 0
+    assert len(encoder._attempts.all()) == 0
 
 
 def test_answers_that_nobody_asks_for_are_not_kept_for_ever(actors: dict[str, ReplicaActor]) -> None:
     encoder = actors["encoder"]
     for number in range(REMEMBERED + 20):
         encoder.hand(order(encoder, f"orphan-{number}"), np.zeros(8, np.uint8))
-    assert len(encoder._attempts) <= REMEMBERED + 1
+    assert len(encoder._attempts.all()) <= REMEMBERED + 1
 
 
 def test_a_damaged_state_is_answered_with_its_error(actors: dict[str, ReplicaActor], request_bytes: np.ndarray) -> None:

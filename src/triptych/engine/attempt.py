@@ -104,9 +104,6 @@ class Attempts:
         self._unwanted: deque[str] = deque(maxlen=REMEMBERED)
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self._all)
-
     def all(self) -> list[tuple[str, Attempt]]:
         """Return all there are, with their tickets."""
         with self._lock:

@@ -76,18 +76,17 @@ class ReplicaActor:
 
         def load() -> None:
             try:
-                with collection_paused():
-                    replica = self._load(
-                        name,
-                        source,
-                        roles,
-                        options,
-                        expected,
-                        threads=threads,
-                        budget=budget,
-                        prompt_cache=prompt_cache,
-                        slots=slots,
-                    )
+                replica = self._load(
+                    name,
+                    source,
+                    roles,
+                    options,
+                    expected,
+                    threads=threads,
+                    budget=budget,
+                    prompt_cache=prompt_cache,
+                    slots=slots,
+                )
                 self._loaded.set_result(replica)
             except Exception as error:  # noqa: BLE001 (told to whoever asks how things stand)
                 self._loaded.set_exception(error)
@@ -95,6 +94,7 @@ class ReplicaActor:
         # In a thread of its own, so that this process can tell meanwhile that it is alive.
         threading.Thread(target=load, name="loading", daemon=True).start()
 
+    @collection_paused()
     def _load(
         self,
         name: str,
