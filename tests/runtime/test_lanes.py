@@ -11,6 +11,7 @@ import torch
 
 import triptych
 from triptych.errors import Cancelled, DeadlineExceeded
+from triptych.runtime import budget, step_lane, streams
 from triptych.runtime.lanes import Lane, Work
 from triptych.runtime.model import Model
 from triptych.runtime.step_lane import StepLane
@@ -240,6 +241,59 @@ def test_what_fails_while_the_budget_is_measured_ends_neither_the_lane_nor_a_req
     finally:
         hook.remove()
     lane.close()
+
+
+def test_a_lane_that_is_never_idle_measures_its_budget_beside_its_requests(
+    model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forwards: Forwards
+) -> None:
+    monkeypatch.setenv("TRIPTYCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(step_lane, "PATIENCE", 0.0)
+    lane, outcomes = StepLane(model, "test", threads=1), Outcomes()
+    states = [encoded(model, seed=seed, num_inference_steps=3) for seed in range(2)]
+    expected = [alone(model, state.copy()) for state in states]
+    forwards.rows.clear()
+    outcomes.put(lane, "0", states[0])
+    outcomes.put(lane, "1", states[1])
+    ended = outcomes.wait(2)
+    lane.close()
+    assert max(forwards.rows) > 4, "measured by forwards of more rows than both requests have"
+    assert lane.budget is not None and budget.recall(lane._budget_key(next(model.segment(encoded(model))).forwards[0]))
+    for name, pixels in zip(("0", "1"), expected):
+        assert (model.run(ended[name]).result.images - pixels).abs().max() <= 1e-4
+
+
+def test_a_budget_of_an_earlier_start_holds_from_the_first_request_on(
+    model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forwards: Forwards
+) -> None:
+    monkeypatch.setenv("TRIPTYCH_CACHE", str(tmp_path))
+    lane, outcomes = StepLane(model, "test", threads=1), Outcomes()
+    sample = next(model.segment(encoded(model))).forwards[0]
+    budget.remember(lane._budget_key(sample), 8 * sample.size)
+    outcomes.put(lane, "first", encoded(model))
+    outcomes.wait(1)
+    assert lane.budget == 8 * sample.size
+    assert forwards.rows == [2, 8, 2, 2, 2], "the largest that there may be comes after its first step"
+    lane.close()
+
+
+def test_seconds_that_a_device_tells_late_are_shared_among_those_they_were_spent_on(
+    model: Model, lane: StepLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, waited = encoded(model, num_inference_steps=4), []
+
+    class Late(streams.Stopwatch):
+        """A device that is done only when it is waited for."""
+
+        @property
+        def seconds(self) -> float | None:
+            return 3.0 if waited else None
+
+    monkeypatch.setattr(streams, "Stopwatch", Late)
+    monkeypatch.setattr(streams, "wait", lambda _: waited.append(True))
+    outcomes = Outcomes()
+    work = outcomes.put(lane, "only", state)
+    outcomes.wait(1)
+    assert work.seconds == 4 * 3.0
 
 
 def test_a_lane_that_is_closed_finishes_what_it_has(model: Model) -> None:

@@ -19,7 +19,7 @@ from triptych.engine.local import SLOTS, LanesReplica, LocalEngine, remember_pro
 from triptych.errors import Cancelled, DeadlineExceeded
 from triptych.roles import RoleType
 from triptych.runtime.decoder_lane import DecoderLane
-from triptych.runtime.lanes import Lane, Work
+from triptych.runtime.lanes import OFTEN, Lane, Work
 from triptych.runtime.model import Model
 from triptych.runtime.pace import Appetite
 from triptych.runtime.segment import finish
@@ -141,6 +141,11 @@ class Outcomes:
         self.lane.put(work)
         return work
 
+    def next(self, name: object, state: State) -> Any:
+        """Put a copy of a state in and wait for what becomes of it."""
+        self.put(name, state.copy())
+        return self.wait(len(self.of) + 1)[name]
+
     def together(self, states: dict[Any, State]) -> dict[object, Any]:
         """Put states in while the lane is held up, so that all of them wait together; returns what became of them."""
         held = threading.Event()
@@ -213,7 +218,11 @@ def test_every_family_gives_each_request_what_it_gets_alone(family: str, tiny_re
     states = [admitted(model, **{**FAMILIES[family], "prompt": p, "seed": k}) for k, p in enumerate(PROMPTS)]
     while (role := states[0].next_role) is not None:
         expected = [alone(model, state) for state in states]
-        if role is not RoleType.DENOISER:
+        if role is RoleType.DENOISER:
+            twins = [next(model.segment(State.from_bytes(bytes(states[0].to_bytes())))) for _ in range(2)]
+            forms = [[each.stage.form(forward) for forward in each.forwards] for each in twins]
+            assert forms[0] == forms[1], "the forwards of two requests that are alike can be rows of one"
+        else:
             lane = (DecoderLane if role is RoleType.DECODER else Lane)(model, "test", threads=1, rows=ROWS)
             hungry(lane)
             outcomes = Outcomes(lane).together({k: state.copy() for k, state in enumerate(states)})
@@ -452,6 +461,22 @@ def test_a_lane_with_nothing_to_do_finds_out_how_many_segments_are_worth_a_call(
     lane.close()  # after its last trial
     assert max(decodes.rows) >= 2
     assert len(decodes.rows) > 6, "trials of one row and of more, three times each"
+
+
+def test_what_is_met_often_is_tried_out_even_if_it_never_waits_beside_another(model: Model, decodes: Calls) -> None:
+    lane = DecoderLane(model, "test", threads=1)
+    assert lane._meeting is not None
+    outcomes, state = Outcomes(lane), denoised(model)
+    expected = alone(model, state)
+    decodes.rows.clear()
+    for number in range(OFTEN):
+        assert not lane._meeting.eager and decodes.rows == [1] * number
+        check_equal(outcomes.next(number, state), expected)
+    deadline = time.monotonic() + 30
+    while max(decodes.rows) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    lane.close()
+    assert max(decodes.rows) >= 2
 
 
 def test_a_trial_that_fails_ends_neither_the_lane_nor_a_request(

@@ -75,8 +75,13 @@ class Flux2Denoising(Denoising):
         )
         state.latents = latents
         guidance = torch.full([1], state.guidance_scale, device=self.device, dtype=torch.float32).expand(rows)
-        text = {"encoder_hidden_states": embeds, "txt_ids": text_ids}
-        state.conditioning = {"inputs": {**text, "guidance": guidance}, "latent_ids": latent_ids}
+        inputs = {
+            "img_ids": flux2_klein.positions(state, latent_ids),
+            "encoder_hidden_states": embeds,
+            "txt_ids": text_ids,
+            "guidance": guidance,
+        }
+        state.conditioning = {"inputs": inputs, "latent_ids": latent_ids}
         steps = state.num_inference_steps
         state.scheduler = self.new_scheduler()
         sigmas = even_sigmas(steps) if state.sigmas is None else state.sigmas
@@ -89,17 +94,15 @@ class Flux2Denoising(Denoising):
     def model_inputs(self, state: View, i: int) -> list[Forward]:
         import torch
 
-        latents, ids = state.latents, state.conditioning["latent_ids"]
+        latents = state.latents
         rows = latents.shape[0]
         timestep = state.timesteps[i].expand(rows).to(latents.dtype)
         hidden = latents
         if state.image_latents is not None:
             hidden = torch.cat([latents, state.image_latents.repeat(rows, 1, 1)], dim=1)
-            ids = torch.cat([ids, state.image_latent_ids.repeat(rows, 1, 1)], dim=1)
         inputs = {
             "hidden_states": hidden.to(self.transformer_dtype),
             "timestep": timestep / 1000,
-            "img_ids": ids,
             **state.conditioning["inputs"],
         }
         return [Forward("transformer", "cond", inputs)]

@@ -97,7 +97,7 @@ class Flux2Denoising(Denoising):
             latents=state.latents,
         )
         state.latents = latents
-        state.conditioning = {"text": text, "latent_ids": latent_ids}
+        state.conditioning = {"text": text, "latent_ids": latent_ids, "img_ids": positions(state, latent_ids)}
         steps = state.num_inference_steps
         state.scheduler = self.new_scheduler()
         sigmas = even_sigmas(steps) if state.sigmas is None else state.sigmas
@@ -117,13 +117,12 @@ class Flux2Denoising(Denoising):
     def model_inputs(self, state: View, i: int) -> list[Forward]:
         import torch
 
-        latents, ids = state.latents, state.conditioning["latent_ids"]
+        latents, ids = state.latents, state.conditioning["img_ids"]
         timestep = state.timesteps[i].expand(latents.shape[0]).to(latents.dtype)
         hidden = latents.to(self.transformer_dtype)
         if state.image_latents is not None:
             rows = latents.shape[0]
             hidden = torch.cat([latents, state.image_latents.repeat(rows, 1, 1)], dim=1).to(self.transformer_dtype)
-            ids = torch.cat([ids, state.image_latent_ids.repeat(rows, 1, 1)], dim=1)
         common = {"hidden_states": hidden, "timestep": timestep / 1000, "guidance": None, "img_ids": ids}
         return [
             Forward("transformer", branch, {**common, "encoder_hidden_states": embeds, "txt_ids": text_ids})
@@ -201,6 +200,15 @@ class Flux2Klein(Family):
         for name in ("height", "width"):
             parameters[name] = parameters[name] or helpers.default_sample_size * helpers.vae_scale_factor
         check_multiple(parameters, ("height", "width"), helpers.vae_scale_factor * 2)
+
+
+def positions(state: View, latent_ids: torch.Tensor) -> torch.Tensor:
+    """Return the positions of the latents' tokens, and of the reference images' after them."""
+    import torch
+
+    if state.image_latents is None:
+        return latent_ids
+    return torch.cat([latent_ids, state.image_latent_ids.repeat(len(latent_ids), 1, 1)], dim=1)
 
 
 def guided(state: View, helpers: Any) -> bool:

@@ -22,7 +22,7 @@ Where the oracle cannot be followed:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import VISION, Need
@@ -285,8 +285,10 @@ class GlmDenoising(Denoising):
         branches = state.conditioning["branches"]
         return [Forward("transformer", branch, {**common, **inputs}) for branch, inputs in branches.items()]
 
-    def fits(self, name: str, one: Any, other: Any) -> bool:
-        return one.tokens == other.tokens if name == "kv_caches" else super().fits(name, one, other)
+    def form_of(self, name: str, value: Any) -> Hashable:
+        if isinstance(value, PictureCache):
+            return value.tokens
+        return super().form_of(name, value)
 
     def join(self, name: str, values: list[Any]) -> Any:
         return PictureCache.join(values) if name == "kv_caches" else super().join(name, values)

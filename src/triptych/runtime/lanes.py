@@ -24,6 +24,9 @@ from triptych.state import State
 
 log = logging.getLogger(__name__)
 
+OFTEN = 8
+"""How often a kind of segment is met before its calls are tried out, even if no two of it ever waited together."""
+
 
 @dataclass(eq=False)
 class Work:
@@ -155,12 +158,12 @@ class Lane:
                 self._wake.wait_for(lambda: self._waiting or self._closing)
                 if not self._waiting:
                     return
-                works = self._claim()
-            if len(works) == 1:
-                self._run(works.pop())  # without a name here, which would keep the state until the next comes
-            else:
+                works, meet = self._claim()
+            if meet:
                 self._run_together(works)
                 works.clear()
+            else:
+                self._run(works.pop())  # without a name here, which would keep the state until the next comes
 
     def _rehearse(self, meeting: Meeting) -> None:
         """Make a trial call while nothing else is to be done; where it fails, the requests themselves are the trials."""
@@ -171,12 +174,16 @@ class Lane:
             log.warning("%s: a trial of shared calls failed: %s", self.name, error)
             meeting.forget_trials()
 
-    def _claim(self) -> list[Work]:
-        """Take the segments that are to be run next, under the lock: the first, and those that may go with it."""
+    def _claim(self) -> tuple[list[Work], bool]:
+        """Take the segments that are to be run next, under the lock: the first, and those that may go with it.
+
+        Returns them and whether they are to meet: one alone does once its kind is met often, so that the trials begin.
+        """
         works = [self._waiting.popleft()]
-        if not self._waiting or self._meeting is None or (kind := self._kind(works[0])) is None:
-            return works
+        if self._meeting is None or (kind := self._kind(works[0])) is None:
+            return works, False
         appetite = self._appetites.setdefault(kind, Appetite())
+        appetite.met += 1
         if len(self._appetites) > KINDS:
             self._appetites.pop(next(iter(self._appetites)))
         for other in list(self._waiting):
@@ -185,7 +192,7 @@ class Lane:
             if self._kind(other) == kind:
                 works.append(other)
                 self._waiting.remove(other)
-        return works
+        return works, len(works) > 1 or appetite.met == OFTEN
 
     def _kind(self, work: Work) -> object | None:
         """Return something that equals for segments that may be run together; None for one that may not.
@@ -204,7 +211,7 @@ class Lane:
         return state.task, state.position, repr(state.fields.get("lora")), *shapes
 
     def _run_together(self, works: list[Work]) -> None:
-        """Run segments of one kind as one."""
+        """Run segments of one kind as one; a single one too, if the others are not to go on."""
         assert self._meeting is not None
         going: list[Work] = []
         for work in works:
@@ -213,9 +220,7 @@ class Lane:
                 going.append(work)
             except TriptychError as error:
                 self._settle(work, error)
-        if len(going) < 2:
-            for work in going:
-                self._run(work)
+        if not going:
             return
         kind, states = self._kind(going[0]), [work.state for work in going]
         errors: Sequence[Exception | None]
@@ -255,6 +260,7 @@ class Lane:
         """Tell of a work's end, once the device has done what was asked of it."""
         try:
             streams.wait(self.model.device)
+            self._account()
         except RuntimeError as error:  # something it was asked for before has failed
             outcome = error
         if isinstance(outcome, State) and outcome.next_role is None:
@@ -264,3 +270,6 @@ class Lane:
                 log.error("%s: a request failed", self.name, exc_info=outcome)
             outcome = outcome.with_traceback(None)  # its frames would keep the request's tensors
         work.done(outcome)
+
+    def _account(self) -> None:
+        """Take note of the seconds of what the device has done, where they were not known when it was asked."""

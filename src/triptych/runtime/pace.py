@@ -93,9 +93,14 @@ class Pace:
 
 @dataclass
 class Appetite:
-    """How many segments of one kind are to run together; two until more, or fewer, are found to be worth it."""
+    """How many segments of one kind are to run together; two until more, or fewer, are found to be worth it.
+
+    Attributes:
+        met: how often a lane has taken one up, with others or alone.
+    """
 
     found: int = 2
+    met: int = field(default=0, init=False)
     clock: Callable[[], float] = time.monotonic
     _again: float = field(default=0.0, init=False)
 

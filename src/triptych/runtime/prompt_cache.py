@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import xxhash
+
+from triptych.stages.likeness import likeness
 
 
 @dataclass
@@ -40,7 +41,7 @@ class PromptCache:
 
         def remembering(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
-            key = _key({**bound.arguments})
+            key = likeness({**bound.arguments})
             if key is None:
                 return encode(*args, **kwargs)
             key = (scope(), key)
@@ -64,22 +65,6 @@ class PromptCache:
         while self.nbytes > self.max_bytes:
             _, (_, dropped) = self._entries.popitem(last=False)
             self.nbytes -= dropped
-
-
-def _key(value: Any) -> object | None:
-    """Return something hashable that equals only for equal values; None for values that cannot be compared."""
-    if value is None or isinstance(value, (str, bool, int, float, torch.dtype, torch.device)):
-        return type(value).__name__, str(value)
-    if isinstance(value, torch.Tensor):
-        bits = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() if value.numel() else b""
-        return "tensor", str(value.dtype), tuple(value.shape), xxhash.xxh3_128_hexdigest(memoryview(bits))  # type: ignore[arg-type]
-    if isinstance(value, (list, tuple)):
-        keys = [_key(each) for each in value]
-        return None if None in keys else (type(value).__name__, *keys)
-    if isinstance(value, dict):
-        entries = [(name, _key(each)) for name, each in sorted(value.items())]
-        return None if any(each is None for _, each in entries) else ("dict", *entries)
-    return None
 
 
 def _bytes(value: Any) -> int:

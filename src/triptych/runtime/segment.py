@@ -15,6 +15,7 @@ from triptych.components import lora
 from triptych.components.hollow import running_stage
 from triptych.components.interruption import interruptible
 from triptych.components.lora import Lora, of_component
+from triptych.runtime import streams
 from triptych.runtime.meeting import Meeting
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
@@ -85,6 +86,7 @@ def run_segment(
             with running(name), interruptible(check):
                 stage.adapt(loras)
                 stage.run(view)
+        streams.wait(device)  # so that each stage is told what it took, and not what the next waited for
         state.timings[name] = time.perf_counter() - began
         check_no_meta(state.fields, stage.writes, name)
         state.keep(live_after(recipe, state.task, name))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import torch
 
 from triptych.components.step_cache import is_cached
 from triptych.errors import TriptychError
-from triptych.runtime import budget
+from triptych.runtime import budget, streams
 from triptych.runtime.lanes import Lane, Work
 from triptych.runtime.model import Model
 from triptych.runtime.segment import Segment, Turn, running
@@ -20,6 +20,8 @@ from triptych.state import State
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 30.0
+"""Seconds after its first request in which a lane waits to be idle, before it measures its budget beside the others."""
 AGEING = 0.5
 """Seconds of predicted work that a second of waiting is worth, so that a long request is not passed for ever."""
 
@@ -46,8 +48,8 @@ class StepLane(Lane):
 
     Attributes:
         budget: the size (`Forward.size`) beyond which a forward gains nothing from more rows; 0 keeps requests apart.
-            None until it is known: it is measured when the lane is idle for the first time after a request, or recalled
-            from an earlier start. Until then requests are kept apart.
+            None until it is known, which keeps them apart too: it is recalled from an earlier start, or measured when the
+            lane is idle for the first time after a request; in spite of others if that does not come for long.
         forwards: how many forwards were shared by how many requests.
     """
 
@@ -57,12 +59,14 @@ class StepLane(Lane):
         self.forwards: Counter[int] = Counter()
         self._active: list[_Runner] = []
         self._seconds_each = 0.0  # predicted seconds of one element of a forward
+        self._timed: deque[tuple[streams.Stopwatch, list[tuple[Work, int]]]] = deque()
         self._sample: tuple[Denoising, Forward] | None = None
+        self._patient_until = 0.0
         super().__init__(model, name, threads=threads, rows=0)
 
     def _loop(self) -> None:
         while True:
-            if self.budget is None and self._sample is not None and not self._active:
+            if self.budget is None and self._sample is not None and (not self._active or self._impatient):
                 self._try_out(*self._sample)
             arrived = self._take(wait=not self._active)
             if arrived is None:
@@ -73,6 +77,10 @@ class StepLane(Lane):
             if self._active:
                 self._step(self._choose())
 
+    @property
+    def _impatient(self) -> bool:
+        return time.monotonic() > self._patient_until
+
     def _try_out(self, stage: Denoising, sample: Forward) -> None:
         """Measure the budget while nothing else is to be done; where that fails, requests are kept apart."""
         try:
@@ -82,21 +90,25 @@ class StepLane(Lane):
             self.budget, self._sample = 0, None
 
     def _measure(self, stage: Denoising, sample: Forward) -> None:
-        dtype = next(value.dtype for value in sample.inputs.values() if isinstance(value, torch.Tensor))
-        model = "/".join(
-            self.model.identity[name] for name in ("fingerprint", "acceleration") if name in self.model.identity
-        )
-        key = budget.key(model, self.model.device, dtype, torch.get_num_threads())
+        key = self._budget_key(sample)
         if (known := budget.recall(key)) is not None:
             with running(stage.name):
                 self.budget, self._sample = budget.rehearse(stage, sample, known), None
             return
         with running(stage.name):
-            measured = budget.measure(stage, sample, lambda: bool(self._waiting) or self._closing)
+            measured = budget.measure(
+                stage, sample, lambda: self._closing or (bool(self._waiting) and not self._impatient)
+            )
         if measured is not None:
             self.budget, self._sample = measured, None
             budget.remember(key, measured)
             log.info("%s: forwards gain from sharing up to %d times one request's", self.name, measured // sample.size)
+
+    def _budget_key(self, sample: Forward) -> str:
+        dtype = next(value.dtype for value in sample.inputs.values() if isinstance(value, torch.Tensor))
+        identity = self.model.identity
+        model = "/".join(identity[name] for name in ("fingerprint", "acceleration") if name in identity)
+        return budget.key(model, self.model.device, dtype, torch.get_num_threads())
 
     def _join(self, work: Work) -> None:
         try:
@@ -106,6 +118,8 @@ class StepLane(Lane):
             self._active.append(runner)
             if self.budget is None and self._sample is None:
                 self._sample = runner.turn.stage, runner.turn.forwards[0]
+                known = budget.recall(self._budget_key(runner.turn.forwards[0])) is not None
+                self._patient_until = time.monotonic() + (0.0 if known else PATIENCE)
         except StopIteration:  # a segment without a denoising loop
             self._settle(work, work.state)
         except Exception as error:  # noqa: BLE001 (it is the request's end, not the lane's)
@@ -132,18 +146,23 @@ class StepLane(Lane):
         chosen, size = [first], first.size
         if first.turn.exact or not self.budget:
             return chosen
+        stage, form = first.turn.stage, first.turn.stage.form(first.turn.forwards[0])
         for other in others:
-            fits = size + other.size <= self.budget
-            if fits and not other.turn.exact and other.turn.stage is first.turn.stage and _can_join(first, other):
+            if size + other.size > self.budget or other.turn.exact or other.turn.stage is not stage:
+                continue
+            if any(stage.form(forward) == form for forward in other.turn.forwards):
                 chosen.append(other)
                 size += other.size
         return chosen
 
     def _step(self, chosen: list[_Runner]) -> None:
         """Run one turn of the chosen requests."""
-        began = time.perf_counter()
+        watch = streams.Stopwatch(self.model.device)
         try:
             predictions = self._predict(chosen)
+            watch.stop()
+            self._timed.append((watch, [(runner.work, runner.size) for runner in chosen]))
+            self._account()
         except Exception as error:  # noqa: BLE001 (a request must not fail because of those beside it)
             if len(chosen) == 1:
                 self._leave(chosen[0], error)
@@ -154,12 +173,17 @@ class StepLane(Lane):
                 for runner in chosen:
                     self._step([runner])
             return
-        seconds, size = time.perf_counter() - began, sum(runner.size for runner in chosen)
         self.forwards[len(chosen)] += 1
-        self._seconds_each += (seconds / size - self._seconds_each) * (0.2 if self._seconds_each else 1.0)
         for runner, prediction in zip(chosen, predictions):
-            runner.work.seconds += seconds * runner.size / size
             self._advance(runner, prediction)
+
+    def _account(self) -> None:
+        while self._timed and (seconds := self._timed[0][0].seconds) is not None:
+            _, shares = self._timed.popleft()
+            size = sum(share for _, share in shares)
+            self._seconds_each += (seconds / size - self._seconds_each) * (0.2 if self._seconds_each else 1.0)
+            for work, share in shares:
+                work.seconds += seconds * share / size
 
     def _predict(self, chosen: list[_Runner]) -> list[list[torch.Tensor]]:
         turn = chosen[0].turn
@@ -184,9 +208,3 @@ class StepLane(Lane):
         self._active.remove(runner)
         runner.segment.close()
         self._settle(runner.work, outcome)
-
-
-def _can_join(one: _Runner, other: _Runner) -> bool:
-    """Return whether some forwards of two requests can be rows of one."""
-    stage = one.turn.stage
-    return any(stage.can_join(one.turn.forwards[0], forward) for forward in other.turn.forwards)

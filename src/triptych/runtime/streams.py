@@ -6,6 +6,7 @@ nothing that came from another lane is let go before that either, since its memo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,42 @@ def wait(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
     elif device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+class Stopwatch:
+    """Times what this thread asks of a device from now until `stop`, without waiting for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._began: Any = self._mark()
+        self._ended: Any = None
+
+    def stop(self) -> None:
+        """End what is timed."""
+        self._ended = self._mark()
+
+    @property
+    def seconds(self) -> float | None:
+        """What it took; None until the device has done it.
+
+        Raises:
+            RuntimeError: the device has failed at it, or at something before.
+        """
+        took: float
+        if isinstance(self._ended, float):
+            took = self._ended - self._began
+        elif self._ended.query():
+            took = self._began.elapsed_time(self._ended) / 1e3
+        else:
+            return None
+        return took
+
+    def _mark(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 def like_this_thread(device: torch.device) -> Callable[[], None]:

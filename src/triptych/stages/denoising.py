@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Hashable, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +13,7 @@ from triptych.components.lora import Lora
 from triptych.components.step_cache import Memory, is_cached, remembering
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
+from triptych.stages.likeness import likeness
 from triptych.state import View
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Forward:
         cache: further arguments of the model's `cache_context`.
         loras: what the model computes it with; those without the same cannot share it.
         memory: what step caches remember of the request; None to pass them by.
+        form: what `Denoising.form` told of it.
     """
 
     component: str
@@ -38,6 +40,7 @@ class Forward:
     cache: dict[str, Any] = field(default_factory=dict)
     loras: tuple[Lora, ...] = ()
     memory: Memory | None = None
+    form: Hashable = field(default=None, init=False, repr=False)
 
     def rows(self, shared: Collection[str] = ()) -> int:
         """Return how many rows it has: one for each output."""
@@ -152,47 +155,55 @@ class Denoising(Stage):
     def groups(self, inputs: Sequence[Forward], budget: int | None = None) -> list[list[int]]:
         """Return which forwards share one, by their positions."""
         groups: list[list[int]] = []
+        latest: dict[Hashable, list[int]] = {}
         for k, forward in enumerate(inputs):
-            for group in groups:
-                size = sum(inputs[other].size for other in group) + forward.size
-                if (budget is None or size <= budget) and self.can_join(inputs[group[0]], forward):
-                    group.append(k)
-                    break
-            else:
-                groups.append([k])
+            form = self.form(forward)
+            group = latest.get(form)
+            if group is None or (budget is not None and sum(inputs[n].size for n in (*group, k)) > budget):
+                group = latest[form] = []
+                groups.append(group)
+            group.append(k)
         return groups
 
-    def can_join(self, one: Forward, other: Forward) -> bool:
-        """Return whether two forwards can be rows of one: the same model, and inputs that fit together.
+    def form(self, forward: Forward) -> Hashable:
+        """Return what equals only for forwards that can be rows of one: of the same model, with inputs that fit.
 
         Those of a model with a step cache cannot: what the cache leaves out depends on all rows.
         """
-        return (
-            one.component == other.component
-            and not is_cached(getattr(self, one.component))
-            and one.loras == other.loras
-            and (self.spread is None or one.branch == other.branch)
-            and one.inputs.keys() == other.inputs.keys()
-            and all(self.fits(name, value, other.inputs[name]) for name, value in one.inputs.items())
-        )
+        if forward.form is None:
+            apart = id(forward) if is_cached(getattr(self, forward.component)) else None
+            branch = None if self.spread is None else forward.branch
+            inputs = tuple((name, self.form_of(name, value)) for name, value in forward.inputs.items())
+            forward.form = forward.component, apart, branch, forward.loras, inputs
+        return forward.form
 
-    def fits(self, name: str, one: Any, other: Any) -> bool:
-        """Return whether two forwards' values of one input can be joined."""
+    def form_of(self, name: str, value: Any) -> Hashable:
+        """Return what equals only for values of one input that can be joined."""
         import torch
 
         if name in self.ragged:
-            return True
-        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-            if name in self.shared:
-                return one is other or (one.shape == other.shape and torch.equal(one, other))
-            return one.shape[1:] == other.shape[1:] and one.dtype == other.dtype
-        if isinstance(one, list) and isinstance(other, list):
+            return None
+        if isinstance(value, torch.Tensor):
+            return self._content(value) if name in self.shared else (value.shape[1:], value.dtype)
+        if isinstance(value, list):
             # One entry a row: tensors of any length, for the model to join; all else is read off the first row.
-            first, second = one[:1], other[:1]
-            return isinstance(first[0], torch.Tensor) is isinstance(second[0], torch.Tensor) and (
-                isinstance(first[0], torch.Tensor) or first == second
-            )
-        return type(one) is type(other) and bool(one == other)
+            if isinstance(value[0], torch.Tensor):
+                return list
+            value = value[0]
+        alike = likeness(value)
+        return (type(value), id(value)) if alike is None else alike
+
+    def _content(self, value: torch.Tensor) -> Hashable:
+        """Return what equals only for equal tensors. Read once of each, because to read one is to wait for the device."""
+        if (content := self._contents.get(value)) is None:
+            content = self._contents[value] = likeness(value)
+        return content
+
+    @cached_property
+    def _contents(self) -> MutableMapping[torch.Tensor, Hashable]:
+        from torch.utils.weak import WeakTensorKeyDictionary
+
+        return WeakTensorKeyDictionary()
 
     def align(self, inputs: Sequence[Forward]) -> Sequence[Forward]:
         """Bring the `ragged` inputs of forwards to one shape, so that they can be rows of one."""
