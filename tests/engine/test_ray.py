@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ import ray  # isort: skip
 from triptych.engine.pools import parse_pools
 from triptych.engine.ray import RayEngine, RayReplica
 from triptych.engine.ray_replica import GIVE_UP
-from triptych.errors import Cancelled, ReplicaRefusedError, UsageError
+from triptych.errors import Cancelled, ModelError, ReplicaRefusedError, UsageError
 from triptych.request import Request
 
 ASK: dict[str, Any] = {
@@ -234,6 +235,33 @@ def test_a_replica_of_another_model_is_refused_with_the_difference(
 
 
 @pytest.mark.slow
+def test_a_replica_that_is_stopped_while_it_loads_ends_its_joining(
+    engine: RayEngine, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triptych.engine import ray_join
+
+    def actors() -> set[int]:
+        return {each.pid for each in psutil.process_iter(["cmdline"]) if "ReplicaActor" in str(each.info["cmdline"])}
+
+    def stop() -> None:
+        wait_until(lambda: bool(actors() - before))
+        (pid,) = actors() - before
+        stopped.append(pid)
+        os.kill(pid, signal.SIGSTOP)
+
+    monkeypatch.setattr(ray_join, "SILENCE_LOADING", 3.0)
+    wait_until(lambda: all_ready(engine))
+    before, stopped = actors(), list[int]()
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with pytest.raises(ModelError, match="could not start: it has given no sign of life for 3 s"):
+        ray_join.join(repository, "denoiser", ray.get_runtime_context().gcs_address, threads=1)
+    stopper.join()
+    wait_until(lambda: not psutil.pid_exists(stopped[0]), 20)
+    assert len(of(engine, "denoiser")) == 2 and all_ready(engine)
+
+
+@pytest.mark.slow
 def test_a_replica_of_another_dtype_is_refused_with_the_difference(engine: RayEngine, repository: Path) -> None:
     from triptych.engine.ray_join import join
 
@@ -268,3 +296,9 @@ def test_pools_are_read() -> None:
 def test_pools_that_lack_a_role_are_refused(repository: Path) -> None:
     with pytest.raises(UsageError, match="no replica runs the role decoder"):
         RayEngine(repository, pools="encoder=1,denoiser=1")
+
+
+def test_an_impossible_acceleration_is_refused_before_anything_is_started(repository: Path) -> None:
+    nobody = "127.0.0.1:1"  # nothing listens there: to connect would fail in another way
+    with pytest.raises(UsageError, match="FirstBlockCacheConfig does not fit"):
+        RayEngine(repository, address=nobody, acceleration={"denoiser": {"cache": "first_block"}})

@@ -18,6 +18,7 @@ from triptych import embedded
 from triptych.engine.local import SLOTS, LanesReplica, LocalEngine, remember_prompts
 from triptych.errors import Cancelled, DeadlineExceeded
 from triptych.roles import RoleType
+from triptych.runtime import meeting
 from triptych.runtime.decoder_lane import DecoderLane
 from triptych.runtime.lanes import OFTEN, Lane, Work
 from triptych.runtime.model import Model
@@ -477,6 +478,28 @@ def test_what_is_met_often_is_tried_out_even_if_it_never_waits_beside_another(mo
         time.sleep(0.01)
     lane.close()
     assert max(decodes.rows) >= 2
+
+
+def test_a_lane_that_is_never_idle_tries_out_between_its_requests(
+    model: Model, decodes: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "PATIENCE", 0.0)
+    lane, state = DecoderLane(model, "test", threads=1), denoised(model)
+    decodes.rows.clear()
+    left, ended = iter(range(60)), threading.Event()
+
+    def next_one(_: Any = None) -> None:
+        """Let another come as one ends, and the trials end it: three at a time, so that the lane is never idle."""
+        if max(decodes.rows, default=0) > 3 or next(left, None) is None:
+            ended.set()
+        else:
+            lane.put(Work(state.copy(), next_one))
+
+    for _ in range(3):
+        next_one()
+    assert ended.wait(30)
+    assert next(left, None) is not None, "more rows than there were requests, before the last of them"
+    lane.close()
 
 
 def test_a_trial_that_fails_ends_neither_the_lane_nor_a_request(

@@ -116,6 +116,14 @@ class RayEngine(Engine):
             "prompt_cache": prompt_cache,
             "faults": faults,
         }
+
+        def prove() -> Model:
+            family.check()
+            return Model(family, frozenset(), torch.device("cpu"), dtype, chosen, options["acceleration"])
+
+        # To prove the graph takes seconds of importing. The replicas begin with theirs meanwhile, and prove it as this does;
+        # but an acceleration may be impossible, and nothing is to be started for one that is.
+        front = prove() if options["acceleration"] else None
         started = connect(address) if connecting is None else connecting.result()
         with ExitStack() as undo:
             if started:
@@ -125,9 +133,7 @@ class RayEngine(Engine):
             if any(RoleType.DENOISER in pool.roles for pool in wanted):
                 check_place(family, chosen, gpus or {}, options["acceleration"])
             self._start(undo, wanted, gpus or {}, identity, arguments)
-            # Its libraries take seconds to import. Meanwhile the replicas import theirs, and prove the graph as this does.
-            family.check()
-            self.front = Model(family, frozenset(), torch.device("cpu"), dtype, chosen, options["acceleration"])
+            self.front = front or prove()
             self._wait_until_ready()
             if warm_up:
                 self.warm_up()

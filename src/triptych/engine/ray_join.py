@@ -18,6 +18,7 @@ from triptych.engine.local import PROMPT_CACHE
 from triptych.engine.ranks import gpus_of
 from triptych.engine.ray_cluster import connect, start_replica
 from triptych.engine.ray_register import find_register
+from triptych.engine.ray_replica import SILENCE_LOADING
 from triptych.errors import ModelError, ReplicaRefusedError
 from triptych.roles import RoleType
 
@@ -59,7 +60,7 @@ def join(
     Raises:
         UsageError: there is no cluster or no service at that address.
         ReplicaRefusedError: the service runs another version or another model; the message says which.
-        ModelError: the replica could not load.
+        ModelError: the replica could not load, or hangs while it does.
     """
     connect(address)
     register = find_register()
@@ -79,14 +80,7 @@ def join(
         budget=None if batching else 0,
         prompt_cache=prompt_cache,
     )
-    try:
-        told = ray.get(actor.describe.remote())
-    except RayTaskError as error:
-        if isinstance(error.cause, ReplicaRefusedError):
-            raise error.cause from None
-        raise ModelError(f"the replica could not start: {error.cause}") from error
-    except RayActorError as error:
-        raise ModelError(f"the replica could not start: {error}") from error
+    told = _wait_until_loaded(actor)
     ray.get(register.add.remote(name, role.value, joined=True))
     if on_ready is not None:
         on_ready(told)
@@ -94,6 +88,26 @@ def join(
         _stay(register, actor, name)
     finally:
         _leave(register, actor, name)
+
+
+def _wait_until_loaded(actor: Any) -> dict[str, Any]:
+    """Wait until a replica has loaded, as long as it shows that it is alive; returns what it says of itself."""
+    loaded = actor.describe.remote()
+    try:
+        while not ray.wait([loaded], timeout=LOOK)[0]:
+            ray.get(actor.beat.remote(), timeout=SILENCE_LOADING)
+        told: dict[str, Any] = ray.get(loaded)
+        return told
+    except RayTaskError as error:
+        if isinstance(error.cause, ReplicaRefusedError):
+            raise error.cause from None
+        raise ModelError(f"the replica could not start: {error.cause}") from error
+    except GetTimeoutError as error:
+        ray.kill(actor)
+        silence = f"it has given no sign of life for {SILENCE_LOADING:.0f} s"
+        raise ModelError(f"the replica could not start: {silence}") from error
+    except RayActorError as error:
+        raise ModelError(f"the replica could not start: {error}") from error
 
 
 def _stay(register: Any, actor: Any, name: str) -> None:

@@ -152,6 +152,8 @@ class Lane:
 
     def _loop(self) -> None:
         while True:
+            if self._meeting is not None and self._meeting.overdue and not self._closing:
+                self._rehearse(self._meeting)
             while self._meeting is not None and self._meeting.eager and not self._waiting and not self._closing:
                 self._rehearse(self._meeting)
             with self._wake:
@@ -166,7 +168,7 @@ class Lane:
                 self._run(works.pop())  # without a name here, which would keep the state until the next comes
 
     def _rehearse(self, meeting: Meeting) -> None:
-        """Make a trial call while nothing else is to be done; where it fails, the requests themselves are the trials."""
+        """Make a trial call between two requests; where it fails, the requests themselves are the trials."""
         try:
             with self._exclusively():
                 meeting.rehearse()

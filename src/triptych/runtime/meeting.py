@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from triptych.runtime import streams
-from triptych.runtime.pace import MOST_ROWS, Pace
+from triptych.runtime.pace import MOST_ROWS, PATIENCE, Pace
 from triptych.runtime.rows import Call, own, run_joined
 
 log = logging.getLogger(__name__)
@@ -116,20 +116,25 @@ class Meeting:
         self._threads: ThreadPoolExecutor | None = None
         self._places = 0
         self._compiled: dict[int, bool] = {}
-        self._new: deque[tuple[Pace, Call]] = deque(maxlen=_NEW)
+        self._new: deque[tuple[Pace, Call, float]] = deque(maxlen=_NEW)  # each with the time until when it may wait
 
     @property
     def eager(self) -> bool:
         """Whether there are kinds of calls of which it is not known yet how many rows are worth it."""
         return bool(self._new)
 
+    @property
+    def overdue(self) -> bool:
+        """Whether the trials of one of them are not to wait any longer until there is nothing else to do."""
+        return self.eager and time.monotonic() > self._new[0][2]
+
     def rehearse(self) -> None:
-        """Make one trial call of such a kind, with the rows of one repeated; for when there is nothing else to do.
+        """Make one trial call of such a kind, with the rows of one repeated.
 
         So requests need not be the trials. The last is the largest that there may ever be, whether it will be worth it or
         not: memory is at its highest early on then, not from some busy hour on.
         """
-        pace, call = self._new[0]
+        pace, call, _ = self._new[0]
         each, settled = call.rows or 1, pace.settled
         copies = max(1, (pace.most if settled else pace.aim) // each)
         fits = copies * each <= self._fitting(pace)
@@ -267,7 +272,8 @@ class Meeting:
         if form not in self._paces:
             self._paces[form] = Pace(self._rows)
             if self._rows is None:  # not in its request's context, which may have been cancelled by then
-                self._new.append((self._paces[form], replace(sample, context=Context())))
+                sample = replace(sample, context=Context())
+                self._new.append((self._paces[form], sample, time.monotonic() + PATIENCE))
         pace = self._paces[form]
         self._paces.move_to_end(form)
         if len(self._paces) > KINDS:

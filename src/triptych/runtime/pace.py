@@ -14,6 +14,8 @@ LONGEST = 0.5
 MOST_ROWS = 16
 TRIALS = 3
 """Calls with a number of rows before it is judged, by the fastest: the first one warms up."""
+PATIENCE = 30.0
+"""Seconds that a lane waits to be idle before it tries out, between its requests, how much may be shared."""
 RECHECK = 60.0
 """Seconds after which the next larger number of rows is tried again: the last trials may have met a busy device."""
 

@@ -14,14 +14,13 @@ from triptych.errors import TriptychError
 from triptych.runtime import budget, streams
 from triptych.runtime.lanes import Lane, Work
 from triptych.runtime.model import Model
+from triptych.runtime.pace import PATIENCE
 from triptych.runtime.segment import Segment, Turn, running
 from triptych.stages.denoising import Denoising, Forward
 from triptych.state import State
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 30.0
-"""Seconds after its first request in which a lane waits to be idle, before it measures its budget beside the others."""
 AGEING = 0.5
 """Seconds of predicted work that a second of waiting is worth, so that a long request is not passed for ever."""
 
