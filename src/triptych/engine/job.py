@@ -62,6 +62,7 @@ class Job:
     _result: Result | None = None
     _events: list[Event] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
+    _ended: threading.Event = field(default_factory=threading.Event)  # so that no step wakes who waits for the result
     _cancel: Callable[[], None] | None = None
     _listeners: list[Callable[[Event], None]] = field(default_factory=list)
 
@@ -75,9 +76,8 @@ class Job:
             TimeoutError: it is not there after `timeout` seconds; the job goes on.
             Exception: what the request failed with; `Cancelled` where it was cancelled.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.status in ENDED, timeout):
-                raise TimeoutError(f"{self.id} is still {self.status} after {timeout} s")
+        if not self._ended.wait(timeout):
+            raise TimeoutError(f"{self.id} is still {self.status} after {timeout} s")
         if self.error is not None:
             raise self.error
         assert self._result is not None
@@ -134,6 +134,7 @@ class Job:
             else:
                 self.status, self._result = "done", outcome
                 self._add("done", {"seconds": time.time() - self.created})
+            self._ended.set()
             return True
 
     def _add(self, kind: str, details: dict[str, Any]) -> None:
