@@ -1,5 +1,6 @@
 """Streams: lanes on one card do not wait for each other's work, and what they hand on is complete."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
@@ -51,6 +52,30 @@ def test_what_a_device_fails_at_is_its_requests_end_not_its_lanes(
     lane.put(Work(model.admit(Request(**ASK)), outcomes.put))
     assert isinstance(outcomes.get(timeout=20), State)
     lane.close()
+
+
+def test_a_stopwatch_times_a_cpu_at_once() -> None:
+    watch = streams.Stopwatch(torch.device("cpu"))
+    time.sleep(0.02)
+    watch.stop()
+    time.sleep(0.2)
+    assert watch.seconds is not None and 0.02 <= watch.seconds < 0.2
+
+
+@needs_gpu
+def test_a_stopwatch_tells_what_a_card_took_and_not_what_asking_took() -> None:
+    card = torch.device("cuda")
+    square = torch.randn(8192, 8192, device=card)
+    streams.wait(card)
+    watch = streams.Stopwatch(card)
+    for _ in range(20):
+        square = square @ square
+    asked = time.perf_counter()
+    watch.stop()
+    assert watch.seconds is None, "it computes longer than it takes to ask for it"
+    streams.wait(card)
+    waited = time.perf_counter() - asked
+    assert watch.seconds is not None and watch.seconds >= 0.5 * waited
 
 
 @needs_gpu
