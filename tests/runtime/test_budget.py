@@ -82,6 +82,21 @@ def test_a_forward_that_takes_too_long_is_not_taken_for_a_gain(turn: Turn, monke
     assert budget.measure(turn.stage, sample, lambda: False) == sample.size
 
 
+def test_a_forward_that_would_take_too_long_is_not_tried(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "LONGEST", 0.3)
+    tried: list[int] = []
+
+    def predict(forwards: list[Forward], *, exact: bool) -> list[torch.Tensor]:
+        tried.append(len(forwards))
+        time.sleep(0.04 * len(forwards) ** 0.5)
+        return []
+
+    monkeypatch.setattr(turn.stage, "predict", predict)
+    sample = turn.forwards[0]
+    assert budget.measure(turn.stage, sample, lambda: False) == max(tried) * sample.size
+    assert max(tried) == 16, "that took 0.16 s, and at what each of them took 32 would take 0.32"
+
+
 def test_measuring_ends_where_memory_does(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "GAIN", 0.0)  # else noise might end it before
     tried = most_rows(monkeypatch, turn.stage, 4)

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 GAIN = 1.05
 """What doubling a forward must bring in throughput to be worth the waiting."""
-LONGEST = 5.0
-"""Seconds: a forward that takes longer is not made larger."""
+LONGEST = 2.0
+"""Seconds: a forward that would take longer is not tried. It is bound by computing, and a request may come to wait for it."""
 MOST_ROWS = 64
 _TURNS = 10
 """How often a size is timed, at most."""
@@ -62,7 +62,8 @@ def _compare(
 ) -> dict[int, float] | None:
     """Return the least seconds of forwards that so many copies of a sample share; infinite where it was not timed.
 
-    Ends with the first that takes longer than `LONGEST`. Returns None where it was interrupted.
+    Ends before one that would take longer than `LONGEST`, by what others took, and with one that did. Returns None where it
+    was interrupted.
     """
     compiled = is_compiled(getattr(stage, sample.component))
     least = dict.fromkeys(sizes, math.inf)
@@ -71,6 +72,9 @@ def _compare(
         for copies in sizes:
             if interrupted():
                 return None
+            each = min(seconds / many for many, seconds in least.items())
+            if LONGEST < each * copies < math.inf:
+                return least
             seconds = _time(stage, [replace(sample) for _ in range(copies)])
             if turn or not compiled:
                 least[copies] = min(least[copies], seconds)
