@@ -25,6 +25,7 @@ from triptych.runtime.model import Model, load
 from triptych.runtime.preview import Previews, Projection
 from triptych.runtime.prompt_cache import PromptCache
 from triptych.runtime.step_lane import StepLane
+from triptych.runtime.turns import Turns
 from triptych.state import State
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class LanesReplica(Replica):
     Attributes:
         model: what it runs.
         prompts: the prompt cache of its encoder; None where it has none.
+        turns: what its lanes agree by when each computes.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class LanesReplica(Replica):
         slots: Mapping[RoleType, int] | None = None,
         budget: int | None = None,
         prompt_cache: int = PROMPT_CACHE,
+        turns: Turns | None = None,
     ) -> None:
         super().__init__(name, model.roles, {**SLOTS, **(slots or {})})
         self.model = model
@@ -66,14 +69,21 @@ class LanesReplica(Replica):
         self._settled_slots = frozenset(slots or ())
         lock = threading.Lock() if _share_weights(model) else None
         rows = 0 if budget == 0 else None
+        self.turns = turns or Turns()
         for role in sorted(model.roles):
             many = (threads or {}).get(role)
             if role is RoleType.DENOISER:
-                self.lanes[role] = StepLane(model, f"{name}/{role.value}", threads=many, budget=budget)
+                self.lanes[role] = StepLane(
+                    model, f"{name}/{role.value}", threads=many, budget=budget, turns=self.turns
+                )
             elif role is RoleType.DECODER:
-                self.lanes[role] = DecoderLane(model, f"{name}/{role.value}", threads=many, exclusive=lock, rows=rows)
+                self.lanes[role] = DecoderLane(
+                    model, f"{name}/{role.value}", threads=many, exclusive=lock, rows=rows, turns=self.turns
+                )
             else:
-                self.lanes[role] = Lane(model, f"{name}/{role.value}", threads=many, exclusive=lock, rows=rows)
+                self.lanes[role] = Lane(
+                    model, f"{name}/{role.value}", threads=many, exclusive=lock, rows=rows, turns=self.turns
+                )
 
     def start(self, ticket: Ticket, payload: State) -> None:
         state = payload.copy()
@@ -188,7 +198,7 @@ class LocalEngine(Engine):
         needed = {role for role, _ in self.front.route()}
         devices = {RoleType.ENCODER: encoder, RoleType.DENOISER: denoiser, RoleType.DECODER: decoder}
         places = place({role: devices[role] for role in WORKERS if role in needed})
-        budget = None if batching else 0
+        budget, turns = None if batching else 0, Turns()
         for number, (device, roles) in enumerate(places):
             model = load(source, role="+".join(role.value for role in roles), device=device, **options)
             name = f"{role_name(frozenset(roles))}-{number}"
@@ -196,7 +206,15 @@ class LocalEngine(Engine):
                 {**thread_shares(torch.get_num_threads()), **(threads or {})} if model.device.type == "cpu" else None
             )
             self.router.add(
-                LanesReplica(name, model, threads=share, slots=slots, budget=budget, prompt_cache=prompt_cache)
+                LanesReplica(
+                    name,
+                    model,
+                    threads=share,
+                    slots=slots,
+                    budget=budget,
+                    prompt_cache=prompt_cache,
+                    turns=turns,
+                )
             )
         self._watch()
         # A thread that computes while the interpreter goes away would abort it.

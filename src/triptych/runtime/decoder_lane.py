@@ -17,6 +17,7 @@ from triptych.runtime.model import Model
 from triptych.runtime.palette import ENOUGH, Palette
 from triptych.runtime.preview import Projection
 from triptych.runtime.segment import finish
+from triptych.runtime.turns import Turns
 from triptych.state import State
 
 log = logging.getLogger(__name__)
@@ -40,13 +41,14 @@ class DecoderLane(Lane):
         threads: int | None = None,
         exclusive: AbstractContextManager[object] | None = None,
         rows: int | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self._sample: State | None = None
         self._palette: Palette | None = Palette(model.fingerprint)  # None where the model's colours cannot be learned
         self._latents: dict[Work, torch.Tensor] = {}  # of what is being decoded
         self._fitted: threading.Event | None = None  # None until somebody has asked
         self._asking = threading.Lock()
-        super().__init__(model, name, threads=threads, exclusive=exclusive, rows=rows)
+        super().__init__(model, name, threads=threads, exclusive=exclusive, rows=rows, turns=turns)
 
     def projection(self, timeout: float) -> Projection | None:
         """Return what previews are made with, as good as it is now; asked for the first time, it is fitted.

@@ -19,6 +19,7 @@ from triptych.runtime.model import Model
 from triptych.runtime.pace import Appetite
 from triptych.runtime.preview import Previews
 from triptych.runtime.segment import OnStep, finish, run_together
+from triptych.runtime.turns import Turns
 from triptych.stages.graph import route_of
 from triptych.state import State
 
@@ -77,6 +78,7 @@ class Lane:
 
     Args:
         rows: how many a call that segments share may have; None to learn what is worth it, 0 to run them apart.
+        turns: what the lanes of this process agree by when each computes.
 
     Attributes:
         exclusive: held while a segment runs: lanes that use the same autoencoder share a lock, because it keeps the
@@ -92,10 +94,13 @@ class Lane:
         threads: int | None = None,
         exclusive: AbstractContextManager[object] | None = None,
         rows: int | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.model = model
         self.name = name
         self.exclusive = exclusive or nullcontext()
+        # Elsewhere than on a CPU a lane waits for its device, and others are not to wait for that.
+        self._turn = (turns or Turns()).turn if model.device.type == "cpu" else nullcontext
         self.batches: Counter[int] = Counter()
         self._threads = threads
         self._waiting: deque[Work] = deque()
@@ -136,7 +141,7 @@ class Lane:
     @contextmanager
     def _exclusively(self) -> Iterator[None]:
         """Let no other lane use what they share, until the device has done what is asked of it meanwhile."""
-        with self.exclusive:
+        with self.exclusive, self._turn():
             try:
                 yield
             finally:

@@ -16,6 +16,7 @@ from triptych.runtime.lanes import Lane, Work
 from triptych.runtime.model import Model
 from triptych.runtime.pace import PATIENCE
 from triptych.runtime.segment import Segment, Turn, running
+from triptych.runtime.turns import Turns
 from triptych.stages.denoising import Denoising, Forward
 from triptych.state import State
 
@@ -52,7 +53,15 @@ class StepLane(Lane):
         forwards: how many forwards were shared by how many requests.
     """
 
-    def __init__(self, model: Model, name: str, *, threads: int | None = None, budget: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        name: str,
+        *,
+        threads: int | None = None,
+        budget: int | None = None,
+        turns: Turns | None = None,
+    ) -> None:
         cached = any(is_cached(each) for each in model.components.values())
         self.budget = 0 if cached else budget  # forwards of a model with a step cache cannot be shared
         self.forwards: Counter[int] = Counter()
@@ -61,7 +70,7 @@ class StepLane(Lane):
         self._timed: deque[tuple[streams.Stopwatch, list[tuple[Work, int]]]] = deque()
         self._sample: tuple[Denoising, Forward] | None = None
         self._patient_until = 0.0
-        super().__init__(model, name, threads=threads, rows=0)
+        super().__init__(model, name, threads=threads, rows=0, turns=turns)
 
     def _loop(self) -> None:
         while True:
@@ -70,11 +79,12 @@ class StepLane(Lane):
             arrived = self._take(wait=not self._active)
             if arrived is None:
                 return
-            while arrived:
-                self._join(arrived.popleft())
-            self._dismiss()
-            if self._active:
-                self._step(self._choose())
+            with self._turn():
+                while arrived:
+                    self._join(arrived.popleft())
+                self._dismiss()
+                if self._active:
+                    self._step(self._choose())
 
     @property
     def _impatient(self) -> bool:
