@@ -252,15 +252,15 @@ class Lane:
 
     def _run(self, work: Work) -> None:
         outcome: State | Exception
-        began = time.perf_counter()
         try:
             work.check()
             with self._exclusively():
+                began = time.perf_counter()
                 finish(self.model.segment(work.state, work.report, work.check))
+            work.seconds = time.perf_counter() - began
             outcome = work.state
         except Exception as error:  # noqa: BLE001 (it is the request's end, not the lane's)
             outcome = error
-        work.seconds = time.perf_counter() - began
         self._settle(work, outcome)
 
     def _settle(self, work: Work, outcome: State | Exception) -> None:
