@@ -44,13 +44,17 @@ def overlap(turns: Turns, process: Process, seconds: float) -> None:
     [(CORES, BUSY, True), (1.9, BUSY, False), (CORES, WAITS / 2, False)],
     ids=["held up", "two cores in use", "few waits"],
 )
-def test_lanes_that_hold_each_other_up_go_one_by_one(cores: float, waits: float, apart: bool) -> None:
+def test_lanes_that_hold_each_other_up_go_one_by_one(
+    cores: float, waits: float, apart: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     process = Process(cores, waits)
     turns = Turns(process)
     overlap(turns, process, 0.8 * WINDOW)
     assert not turns.one_by_one, "it is too early to tell"
     overlap(turns, process, 0.5 * WINDOW)
     assert turns.one_by_one is apart
+    assert ("take turns" in caplog.text) is apart
 
 
 def test_one_lane_by_itself_is_not_judged() -> None:

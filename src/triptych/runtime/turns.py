@@ -7,12 +7,15 @@ less than each by itself would (`bench/turns.py`). Two figures tell: how much of
 
 from __future__ import annotations
 
+import logging
 import resource
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
 
 USED = 1.4
 """Cores that lanes side by side must use, or else they are suspected of waiting for each other."""
@@ -40,6 +43,7 @@ class Turns:
         self._spent = [0.0, 0.0, 0.0]  # while two or more computed: seconds, CPU seconds, waits
         self._then = self._usage()
         self._until = 0.0  # when turns end
+        self._told = False
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -83,6 +87,11 @@ class Turns:
             if seconds > WINDOW:
                 self.one_by_one = cpu < USED * seconds and waits > WAITS * seconds
                 self._until, self._spent = now[0] + RECHECK, [0.0, 0.0, 0.0]
+                if self.one_by_one and not self._told:
+                    self._told = True
+                    log.info(
+                        "roles hold each other up at Python's lock and take turns: in processes of their own they overlap"
+                    )
         self._then = now
 
 
