@@ -71,19 +71,13 @@ class LanesReplica(Replica):
         rows = 0 if budget == 0 else None
         self.turns = turns or Turns()
         for role in sorted(model.roles):
-            many = (threads or {}).get(role)
+            where = f"{name}/{role.value}"
+            common: dict[str, Any] = {"threads": (threads or {}).get(role), "turns": self.turns}
             if role is RoleType.DENOISER:
-                self.lanes[role] = StepLane(
-                    model, f"{name}/{role.value}", threads=many, budget=budget, turns=self.turns
-                )
-            elif role is RoleType.DECODER:
-                self.lanes[role] = DecoderLane(
-                    model, f"{name}/{role.value}", threads=many, exclusive=lock, rows=rows, turns=self.turns
-                )
+                self.lanes[role] = StepLane(model, where, budget=budget, **common)
             else:
-                self.lanes[role] = Lane(
-                    model, f"{name}/{role.value}", threads=many, exclusive=lock, rows=rows, turns=self.turns
-                )
+                kind = DecoderLane if role is RoleType.DECODER else Lane
+                self.lanes[role] = kind(model, where, exclusive=lock, rows=rows, **common)
 
     def start(self, ticket: Ticket, payload: State) -> None:
         state = payload.copy()

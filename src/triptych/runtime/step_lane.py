@@ -69,6 +69,7 @@ class StepLane(Lane):
         self._seconds_each = 0.0  # predicted seconds of one element of a forward
         self._timed: deque[tuple[streams.Stopwatch, list[tuple[Work, int]]]] = deque()
         self._sample: tuple[Denoising, Forward] | None = None
+        self._known: int | None = None  # the budget that an earlier start has measured
         self._patient_until = 0.0
         super().__init__(model, name, threads=threads, rows=0, turns=turns)
 
@@ -99,10 +100,9 @@ class StepLane(Lane):
             self.budget, self._sample = 0, None
 
     def _measure(self, stage: Denoising, sample: Forward) -> None:
-        key = self._budget_key(sample)
-        if (known := budget.recall(key)) is not None:
+        if self._known is not None:
             with running(stage.name):
-                self.budget, self._sample = budget.rehearse(stage, sample, known), None
+                self.budget, self._sample = budget.rehearse(stage, sample, self._known), None
             return
         with running(stage.name):
             measured = budget.measure(
@@ -110,7 +110,7 @@ class StepLane(Lane):
             )
         if measured is not None:
             self.budget, self._sample = measured, None
-            budget.remember(key, measured)
+            budget.remember(self._budget_key(sample), measured)
             log.info("%s: forwards gain from sharing up to %d times one request's", self.name, measured // sample.size)
 
     def _budget_key(self, sample: Forward) -> str:
@@ -127,8 +127,8 @@ class StepLane(Lane):
             self._active.append(runner)
             if self.budget is None and self._sample is None:
                 self._sample = runner.turn.stage, runner.turn.forwards[0]
-                known = budget.recall(self._budget_key(runner.turn.forwards[0])) is not None
-                self._patient_until = time.monotonic() + (0.0 if known else PATIENCE)
+                self._known = budget.recall(self._budget_key(runner.turn.forwards[0]))
+                self._patient_until = time.monotonic() + (PATIENCE if self._known is None else 0.0)
         except StopIteration:  # a segment without a denoising loop
             self._settle(work, work.state)
         except Exception as error:  # noqa: BLE001 (it is the request's end, not the lane's)

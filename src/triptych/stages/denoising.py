@@ -173,7 +173,7 @@ class Denoising(Stage):
         if forward.form is None:
             apart = id(forward) if is_cached(getattr(self, forward.component)) else None
             branch = None if self.spread is None else forward.branch
-            inputs = tuple((name, self.form_of(name, value)) for name, value in forward.inputs.items())
+            inputs = frozenset((name, self.form_of(name, value)) for name, value in forward.inputs.items())
             forward.form = forward.component, apart, branch, forward.loras, inputs
         return forward.form
 
