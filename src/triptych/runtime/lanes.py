@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from triptych.errors import Cancelled, DeadlineExceeded, TriptychError
-from triptych.runtime import streams
+from triptych.runtime import memory, streams
 from triptych.runtime.meeting import KINDS, Meeting
 from triptych.runtime.model import Model
 from triptych.runtime.pace import Appetite
@@ -277,6 +277,7 @@ class Lane:
                 log.error("%s: a request failed", self.name, exc_info=outcome)
             outcome = outcome.with_traceback(None)  # its frames would keep the request's tensors
         work.done(outcome)
+        memory.give_back()
 
     def _account(self) -> None:
         """Take note of the seconds of what the device has done, where they were not known when it was asked."""
