@@ -17,6 +17,7 @@ from triptych.roles import RoleType
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the libraries' logging as it is."""
     monkeypatch.setattr(serve, "quieten_libraries", lambda **_: None)
+    monkeypatch.setattr(serve, "quieten_libraries_to_come", lambda: None)
     monkeypatch.setattr(generate, "quieten_libraries", lambda **_: None)
 
 

@@ -56,3 +56,23 @@ def test_nothing_heavy_is_imported(code: str) -> None:
     imported = imported_after(code)
     assert "triptych" in imported
     assert not imported & set(HEAVY)
+
+
+def test_the_libraries_do_not_hold_up_the_start_of_ray_and_its_replicas() -> None:
+    """A router imports them while its replicas do, and silences them before that."""
+    imported = imported_after(
+        "import triptych.cli.console as console; console.quieten_libraries_to_come(); import triptych.engine.ray"
+    )
+    assert {"ray", "torch"} <= imported
+    assert not imported & {"diffusers", "transformers"}
+
+
+def test_libraries_that_are_silenced_before_they_are_imported_stay_so() -> None:
+    program = (
+        "from triptych.cli.console import quieten_libraries_to_come; quieten_libraries_to_come();"
+        "import diffusers.utils.logging as one, transformers.utils.logging as other;"
+        "loggers = one.get_logger('diffusers.x'), other.get_logger('transformers.x');"
+        "[each.warning('noise') for each in loggers]; [each.error('trouble') for each in loggers]"
+    )
+    told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stderr
+    assert (told.count("noise"), told.count("trouble")) == (0, 2)

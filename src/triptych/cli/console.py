@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,18 @@ def logging_to(console: Console, *, verbose: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.level, logger.propagate = before
+
+
+def quieten_libraries_to_come() -> None:
+    """Silence the warnings of transformers and diffusers without importing them, which takes seconds.
+
+    Their progress bars remain, which a process that loads no weights never sees.
+    """
+    import warnings
+
+    warnings.simplefilter("ignore")
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def quieten_libraries(*, downloads: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from triptych.cli.acceleration import Given, accelerated, accelerations
-from triptych.cli.console import logging_to, quieten_libraries, stderr_console
+from triptych.cli.console import logging_to, quieten_libraries, quieten_libraries_to_come, stderr_console
 from triptych.cli.engine import choose_engine, threads_of
 from triptych.cli.errors import reported
 from triptych.cli.listening import announce, listen
@@ -265,10 +265,16 @@ def serve(
         from triptych import embedded  # heavy from here on: everything above is checked first
 
         source = str(embedded.path()) if model is None else model
-        if not verbose:
-            quieten_libraries(downloads=True)
         if on_ray and importlib.util.find_spec("ray") is None:
             raise UsageError('Ray is not installed; to get it: pip install "triptych[ray]"')
+        if on_ray and role not in WORKERS:
+            if not verbose:
+                quieten_libraries_to_come()
+            from triptych.engine.ray_cluster import begin_connecting
+
+            connecting = begin_connecting(address)  # while what is below imports the libraries
+        elif not verbose:
+            quieten_libraries(downloads=True)
         if role in WORKERS:
             from triptych.engine.ray_join import join
 
@@ -276,11 +282,6 @@ def serve(
             reserved: dict[str, Any] = {} if denoiser_gpus is None else {"gpus": denoiser_gpus}
             join(source, role, address, **options, **reserved, on_ready=lambda told: announce([told], address))
             return
-
-        if on_ray:
-            from triptych.engine.ray_cluster import begin_connecting
-
-            connecting = begin_connecting(address)  # while what is below imports the libraries
 
         @collection_paused()
         def build() -> Engine:

@@ -13,12 +13,13 @@ _FRAMES = 9  # one more than a multiple of every autoencoder's compression in ti
 
 
 def warm_up_request(front: Model) -> Request | None:
-    """Return a request of one step, as small as the model takes; None where it takes none of those tried."""
+    """Return a request of one step, small and no larger than the model's own default; None if none is taken."""
     from PIL import Image
 
-    known = front.family.parameters
+    known: dict[str, Any] = {**front.family.parameters, **front.family.repository.defaults}
     plain = {"prompt": "warm up", "num_inference_steps": 1, "seed": 0, "exact": False, "output_type": "pil"}
     small = {"height": _SIDE, "width": _SIDE, "num_frames": _FRAMES}
+    small = {name: min(size, known.get(name) or size) for name, size in small.items()}
     picture = Image.new("RGB", (_SIDE, _SIDE), "gray")
     tries: list[dict[str, Any]] = [plain | small, plain, plain | small | {"image": picture}, plain | {"image": picture}]
     for each in tries:
