@@ -26,15 +26,14 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from split import throughput
 
 from triptych import embedded
-from triptych.bench.load import closed_loop
 from triptych.engine.local import LanesReplica, LocalEngine
 from triptych.roles import WORKERS
 from triptych.runtime.turns import Turns
 
 RESULTS = Path(__file__).parent / "results" / "turns.json"
-CLIENTS = 16
 
 
 def main() -> int:
@@ -42,7 +41,7 @@ def main() -> int:
     parser.add_argument("--model", default=str(embedded.path()))
     parser.add_argument("--name", default="launch-bound", help="under which the figures are kept")
     parser.add_argument("--param", action="append", default=[], help="name=json, of every request")
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=32, help="counted, of each round and way")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
     asked = parser.parse_args()
@@ -88,15 +87,6 @@ def seconds(replica: LanesReplica, parameters: dict[str, Any]) -> float:
     began = time.perf_counter()
     replica.model.generate(**parameters, seed=0)
     return time.perf_counter() - began
-
-
-def throughput(engine: LocalEngine, parameters: dict[str, Any], requests: int) -> float:
-    """Return requests a second with `CLIENTS` clients, counted while all of them have one on its way."""
-
-    def ask(number: int) -> dict[str, float]:
-        return engine.generate(**parameters, seed=number).timings
-
-    return closed_loop(ask, requests, CLIENTS).busy_rate
 
 
 if __name__ == "__main__":
