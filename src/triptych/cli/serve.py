@@ -267,12 +267,8 @@ def serve(
         source = str(embedded.path()) if model is None else model
         if on_ray and importlib.util.find_spec("ray") is None:
             raise UsageError('Ray is not installed; to get it: pip install "triptych[ray]"')
-        if on_ray and role not in WORKERS:
-            if not verbose:
-                quieten_libraries_to_come()
-            from triptych.engine.ray_cluster import begin_connecting
-
-            connecting = begin_connecting(address)  # while what is below imports the libraries
+        if not verbose and on_ray:
+            quieten_libraries_to_come()
         elif not verbose:
             quieten_libraries(downloads=True)
         if role in WORKERS:
@@ -282,6 +278,11 @@ def serve(
             reserved: dict[str, Any] = {} if denoiser_gpus is None else {"gpus": denoiser_gpus}
             join(source, role, address, **options, **reserved, on_ready=lambda told: announce([told], address))
             return
+
+        if on_ray:
+            from triptych.engine.ray_cluster import begin_connecting
+
+            connecting = begin_connecting(address)  # while what is below imports the libraries
 
         @collection_paused()
         def build() -> Engine:
