@@ -2,12 +2,14 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import pytest
 import torch
 
+from triptych.components import interruption
 from triptych.runtime import pace
 from triptych.runtime.meeting import Meeting
 from triptych.runtime.pace import LONGEST
@@ -328,3 +330,66 @@ def test_a_trial_is_made_outside_of_the_request_whose_call_it_repeats() -> None:
 def test_kinds_whose_rows_are_given_need_no_trials(model: Model, meeting: Meeting) -> None:
     meeting.run([Asking(model, torch.randn(1, 3)) for _ in range(2)], [model])
     assert not meeting.eager
+
+
+@pytest.mark.parametrize("rows", range(1, 18))
+@pytest.mark.parametrize("earlier", [(), (1,)])
+def test_the_trials_of_calls_of_any_number_of_rows_come_to_an_end(rows: int, earlier: tuple[int, ...]) -> None:
+    model, meeting = Overhead(), Meeting(CPU)
+    try:
+        for each in (rows, *earlier):
+            meeting.run([Asking(model, torch.randn(each, 3))], [model])
+        assert meeting.eager
+        rehearse_all(meeting)
+        assert max(model.rows) <= max(16, rows)
+        if rows <= 8 and not earlier:
+            assert max(model.rows) > 8, "as many as there may be were tried"
+    finally:
+        meeting.close()
+
+
+def test_a_shared_call_that_fails_holds_nothing_while_its_calls_are_made_apart() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    class Hungry(Model):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            if len(input) > 1:
+                large = torch.ones(1000)
+                held.append(weakref.ref(large))
+                raise torch.OutOfMemoryError("no room for two")
+            alive.append(held[0]() is not None)
+            return super().forward(input)
+
+    model, meeting = Hungry(), Meeting(CPU, rows=8)
+    guests = meeting.run([Asking(model, torch.randn(1, 3)) for _ in range(2)], [model])
+    assert [guest.error for guest in guests] == [None] * 2
+    assert alive == [False, False]
+    meeting.close()
+
+
+def test_the_end_of_one_request_does_not_interrupt_a_call_that_it_shares(model: Model, meeting: Meeting) -> None:
+    """Its own part ends with it, the others have theirs from the same call."""
+    cancelled = threading.Event()
+
+    class Tiled(Model):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            cancelled.set()  # while it computes
+            interruption._look()  # as between two tiles
+            return super().forward(input)
+
+    def check() -> None:
+        if cancelled.is_set():
+            raise RuntimeError("cancelled")
+
+    tiled, other = Tiled(), Asking(model, torch.randn(1, 3))
+    other.model = tiled
+
+    def gone() -> None:
+        with interruption.interruptible(check):
+            tiled(torch.randn(1, 3))
+            check()
+
+    guests = meeting.run([gone, other], [tiled])
+    assert tiled.rows == [2], "one call for both"
+    assert str(guests[0].error) == "cancelled" and guests[1].error is None

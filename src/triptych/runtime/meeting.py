@@ -37,6 +37,11 @@ ROOM = 0.5
 _guest: ContextVar[Guest | None] = ContextVar("_guest", default=None)
 
 
+def is_guest() -> bool:
+    """Return whether what runs here is a part of a meeting, whose calls others may share."""
+    return _guest.get() is not None
+
+
 class Guest:
     """A part of one request's work, in a thread that is awake only from `resume` to its next call, or its end.
 
@@ -136,8 +141,9 @@ class Meeting:
         """
         pace, call, _ = self._new[0]
         each, settled = call.rows or 1, pace.settled
-        copies = max(1, (pace.most if settled else pace.aim) // each)
-        fits = copies * each <= self._fitting(pace)
+        copies = max(1, pace.most // each if settled else -(-pace.aim // each))  # rounded up, or it may never get there
+        # A call of more rows than are to be tried tells nothing of those.
+        fits = copies * each <= self._fitting(pace) and (settled or copies * each < 2 * pace.aim)
         if settled or not fits:
             self._new.popleft()
         if not fits or (settled and copies * each <= pace.aim):
@@ -223,12 +229,13 @@ class Meeting:
         try:
             for call, part in zip(calls, run_joined(calls)):
                 call.answer = functools.partial(own, part)
-        except Exception as error:  # noqa: BLE001 (a request must not fail because of those beside it)
-            log.warning("a shared call failed (%s: %s); its %d run apart", type(error).__name__, error, len(calls))
-            pace.limit = max(1, rows // 2)
-            _run_apart(calls)
-        else:
             self._end(pace, calls, rows, began)
+            return
+        except Exception as error:  # noqa: BLE001 (a request must not fail because of those beside it)
+            # As text: a record of the log may be kept, and the error would keep what the call has computed.
+            log.warning("a shared call failed (%s); its %d run apart", repr(error), len(calls))
+            pace.limit = max(1, rows // 2)
+        _run_apart(calls)  # not above, where the error still holds what the call has computed
 
     def _begin(self) -> tuple[float, float]:
         if self.device.type == "cuda":

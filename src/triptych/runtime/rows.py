@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from triptych.components.interruption import interruptible
+
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _FURTHER = ("cache", "past_key_values")
 """What transformers' outputs keep for further tokens, by its name from 5.24 on and before."""
@@ -58,13 +60,20 @@ class Call:
 def run_joined(calls: Sequence[Call]) -> list[Any]:
     """Run calls of the same form as rows of one; returns what each is to get: views of what comes back.
 
+    The end of one request does not interrupt it: the others want theirs.
+
     Raises:
         ValueError: something comes back that has not a row for each.
     """
     first, counts = calls[0], [call.rows or 0 for call in calls]
     args = [_join([call.args[k] for call in calls]) for k in range(len(first.args))]
     kwargs = {name: _join([call.kwargs[name] for call in calls]) for name in first.kwargs}
-    output, parts, start = first.context.run(first.function, *args, **kwargs), [], 0
+
+    def run() -> Any:
+        with interruptible(None):
+            return first.function(*args, **kwargs)
+
+    output, parts, start = first.context.run(run), [], 0
     for count in counts:
         parts.append(_map(output, _slicer(start, count, sum(counts))))
         start += count
