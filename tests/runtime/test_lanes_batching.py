@@ -276,6 +276,26 @@ def test_a_prompt_in_the_cache_needs_no_forward_and_the_negative_one_only_one(ti
     lane.close()
 
 
+def test_what_requests_encoded_together_is_not_given_to_exact_ones(tiny_repo: Callable[..., Path]) -> None:
+    model = triptych.load(tiny_repo("flux2_klein"), device="cpu", role="encoder")
+    expected = alone(model, admitted(model, prompt=PROMPTS[0], exact=True)).fields["prompt_embeds"]
+    cache = remember_prompts(model, 2**30)
+    assert cache is not None
+    calls, lane = Calls(model, "text_encoder", "forward"), Lane(model, "test", threads=1, rows=ROWS)
+    hungry(lane)
+    Outcomes(lane).together({p: admitted(model, prompt=p) for p in PROMPTS[:3]})
+    assert calls.rows == [3, 1]
+    exact = Outcomes(lane).together({"exact": admitted(model, prompt=PROMPTS[0], exact=True)})["exact"]
+    assert calls.rows == [3, 1, 1, 1], "computed by itself"
+    assert torch.equal(exact.fields["prompt_embeds"], expected)
+    other = admitted(model, prompt=PROMPTS[3], exact=True)
+    Outcomes(lane).together({"exact": other})
+    calls.rows.clear()
+    Outcomes(lane).together({p: admitted(model, prompt=p) for p in (PROMPTS[3], PROMPTS[0])})
+    assert not calls.rows, "what an exact one has encoded is good for all"
+    lane.close()
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     asked=st.lists(

@@ -21,6 +21,7 @@ from triptych.errors import UsageError
 from triptych.roles import WORKERS, RoleType, role_name
 from triptych.runtime.decoder_lane import DecoderLane
 from triptych.runtime.lanes import Lane, Work
+from triptych.runtime.meeting import is_guest
 from triptych.runtime.model import Model, load
 from triptych.runtime.preview import Previews, Projection
 from triptych.runtime.prompt_cache import PromptCache
@@ -138,7 +139,7 @@ def remember_prompts(model: Model, max_bytes: int) -> PromptCache | None:
         return None
     cache = PromptCache(max_bytes)
     for stage in stages:
-        stage.helpers.encode_prompt = cache.wrap(stage.helpers.encode_prompt, stage.adaptation)
+        stage.helpers.encode_prompt = cache.wrap(stage.helpers.encode_prompt, stage.adaptation, is_guest)
     return cache
 
 

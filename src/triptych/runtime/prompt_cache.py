@@ -31,11 +31,18 @@ class PromptCache:
     misses: int = 0
     _entries: OrderedDict[object, tuple[Any, int]] = field(default_factory=OrderedDict)
 
-    def wrap(self, encode: Callable[..., Any], scope: Callable[[], object] = tuple) -> Callable[..., Any]:
+    def wrap(
+        self,
+        encode: Callable[..., Any],
+        scope: Callable[[], object] = tuple,
+        together: Callable[[], bool] = lambda: False,
+    ) -> Callable[..., Any]:
         """Return `encode` with a memory. Arguments that cannot be compared bypass it.
 
         Args:
             scope: tells what else its results depend on, such as the LoRAs that are on: something hashable.
+            together: tells whether `encode` may share its calls with other requests. What it returns then is only for
+                others of which that holds too: an exact request has to get what it would get alone.
         """
         signature = inspect.signature(encode)
 
@@ -44,11 +51,13 @@ class PromptCache:
             key = likeness({**bound.arguments})
             if key is None:
                 return encode(*args, **kwargs)
-            key = (scope(), key)
-            if key in self._entries:
-                self.hits += 1
-                self._entries.move_to_end(key)
-                return self._entries[key][0]
+            alone = (scope(), key)
+            key = (*alone, "together") if together() else alone
+            for known in (key, alone):
+                if known in self._entries:
+                    self.hits += 1
+                    self._entries.move_to_end(known)
+                    return self._entries[known][0]
             self.misses += 1
             encoded = encode(*args, **kwargs)
             self._keep(key, encoded)
