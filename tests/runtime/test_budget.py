@@ -134,6 +134,12 @@ def test_a_budget_outlives_the_process(cache: Path) -> None:
     assert budget.recall(name) == 4096
 
 
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
+def test_every_kind_of_device_has_a_key(device: str) -> None:
+    name = budget.key("a1b2", torch.device(device), torch.float32, 2)
+    assert name.startswith(f"a1b2/{device}") and name.endswith("/float32")
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"x": "many"}', '{"x": -1}'])
 def test_a_broken_file_of_budgets_is_measured_anew(cache: Path, content: str) -> None:
     cache.write_text(content)

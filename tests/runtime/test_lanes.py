@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from triptych.runtime import budget, step_lane, streams
 from triptych.runtime.lanes import Lane, Work
 from triptych.runtime.model import Model
 from triptych.runtime.step_lane import StepLane
+from triptych.stages.denoising import Denoising
 from triptych.state import State
 
 ASK: dict[str, Any] = {
@@ -217,6 +219,100 @@ def test_a_request_that_fails_leaves_those_beside_it_alone(model: Model, lane: S
     ended = outcomes.wait(2)
     assert isinstance(ended["bad"], Exception)
     assert (model.run(ended["good"]).result.images - expected).abs().max() <= 1e-4
+
+
+def test_forwards_for_which_memory_does_not_suffice_are_not_shared_again(model: Model, forwards: Forwards) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def fail(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if len(kwargs["hidden_states"]) > 2:
+            joined = kwargs["hidden_states"]
+            held.append(weakref.ref(joined))
+            raise torch.OutOfMemoryError("no room")
+        alive.extend(each() is not None for each in held)
+
+    hook = model.components["transformer"].register_forward_pre_hook(fail, with_kwargs=True)
+    lane, outcomes = StepLane(model, "test", threads=1, budget=LARGE), Outcomes()
+    forwards.open.clear()
+    try:
+        outcomes.put(lane, "0", encoded(model))
+        assert forwards.entered.wait(10)
+        for name in ("1", "2"):
+            outcomes.put(lane, name, encoded(model))
+        forwards.open.set()
+        assert all(isinstance(each, State) for each in outcomes.wait(3).values())
+    finally:
+        hook.remove()
+        lane.close()
+    assert sum(rows > 2 for rows in forwards.rows) == 1, "found out once"
+    assert alive and not any(alive), "what failed is gone before its requests run apart"
+
+
+@pytest.mark.parametrize("budget", [None, LARGE])
+def test_inputs_that_cannot_be_read_are_the_end_of_their_request_alone(
+    model: Model, budget: int | None, forwards: Forwards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane, outcomes = StepLane(model, "test", threads=1, budget=budget), Outcomes()
+    (stage,) = [each for each in model.stages if isinstance(each, Denoising)]
+    form_of = type(stage).form_of
+
+    def odd(self: Denoising, name: str, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.shape[-1] == 3:
+            raise IndexError("no entries")
+        return form_of(self, name, value)
+
+    monkeypatch.setattr(type(stage), "form_of", odd)
+    good, bad = encoded(model), encoded(model, seed=8)
+    bad.fields["prompt_embeds"] = bad.fields["prompt_embeds"][..., :3]
+    forwards.open.clear()
+    outcomes.put(lane, "good", good)
+    outcomes.put(lane, "bad", bad)
+    forwards.open.set()
+    ended = outcomes.wait(2)
+    assert isinstance(ended["bad"], IndexError) and isinstance(ended["good"], State)
+    outcomes.put(lane, "later", encoded(model))
+    assert isinstance(outcomes.wait(3)["later"], State)
+    lane.close()
+
+
+def test_a_defect_of_the_lane_ends_the_requests_it_has_and_not_the_lane(
+    model: Model, lane: StepLane, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcomes = Outcomes()
+    monkeypatch.setattr(lane, "_choose", lambda: [][0])
+    outcomes.put(lane, "first", encoded(model))
+    assert isinstance(outcomes.wait(1)["first"], IndexError)
+    monkeypatch.undo()
+    outcomes.put(lane, "second", encoded(model))
+    assert isinstance(outcomes.wait(2)["second"], State)
+    assert "an error outside any request" in caplog.text
+
+
+def test_who_fails_to_hear_of_an_end_does_not_keep_others_from_theirs(model: Model, lane: StepLane) -> None:
+    def fail(_: Any) -> None:
+        raise KeyError("nobody of that name")
+
+    lane.put(Work(encoded(model), fail))
+    outcomes = Outcomes()
+    outcomes.put(lane, "second", encoded(model))
+    assert isinstance(outcomes.wait(1)["second"], State)
+
+
+def test_an_error_keeps_no_frames_of_those_it_came_from(model: Model, lane: StepLane) -> None:
+    def fail(*_: Any) -> None:
+        try:
+            raise ValueError("first")
+        except ValueError:
+            raise RuntimeError("then")  # noqa: B904 (so do libraries)
+
+    hook = model.components["transformer"].register_forward_pre_hook(fail)
+    outcomes = Outcomes()
+    outcomes.put(lane, "bad", encoded(model))
+    error = outcomes.wait(1)["bad"]
+    hook.remove()
+    assert isinstance(error, RuntimeError) and isinstance(error.__context__, ValueError)
+    assert error.__traceback__ is error.__context__.__traceback__ is None
 
 
 def test_what_fails_while_the_budget_is_measured_ends_neither_the_lane_nor_a_request(

@@ -113,7 +113,8 @@ def rehearse(stage: Denoising, sample: Forward, budget: int) -> int:
 
 def key(fingerprint: str, device: torch.device, dtype: torch.dtype, threads: int) -> str:
     """Return what a measured budget holds for: this model, on this kind of device, in this dtype."""
-    where = f"cpu x{threads}" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    where = f"cpu x{threads}" if device.type == "cpu" else named
     return f"{fingerprint}/{where}/{str(dtype).removeprefix('torch.')}"
 
 

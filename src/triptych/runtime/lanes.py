@@ -136,7 +136,16 @@ class Lane:
         if self._threads is not None:
             torch.set_num_threads(self._threads)  # of this thread: OpenMP counts by the thread that starts a region
         streams.enter(self._stream)
-        self._loop()
+        while True:
+            try:
+                self._loop()
+                return
+            except Exception as error:  # a lane that ends by a defect of ours would leave everybody waiting for good
+                log.exception("%s: an error outside any request", self.name)
+                self._recover(error)
+
+    def _recover(self, error: Exception) -> None:
+        """Let go of the requests that an error may have to do with; those that wait are still to come."""
 
     @contextmanager
     def _exclusively(self) -> Iterator[None]:
@@ -275,9 +284,19 @@ class Lane:
         if isinstance(outcome, Exception):
             if not isinstance(outcome, TriptychError):
                 log.error("%s: a request failed", self.name, exc_info=outcome)
-            outcome = outcome.with_traceback(None)  # its frames would keep the request's tensors
-        work.done(outcome)
+            _forget_frames(outcome)
+        try:
+            work.done(outcome)
+        except Exception:  # the others that ended with it are still to be told
+            log.exception("%s: the end of a request could not be told", self.name)
         memory.give_back()
 
     def _account(self) -> None:
         """Take note of the seconds of what the device has done, where they were not known when it was asked."""
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drop the frames of an error, and of those that it came from: they would keep the request's tensors."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

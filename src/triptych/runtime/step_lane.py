@@ -32,12 +32,25 @@ class _Runner:
 
     work: Work
     segment: Segment
-    turn: Turn
+    turn: Turn = field(init=False)
     joined: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._take(next(self.segment))
 
     @property
     def size(self) -> int:
         return sum(forward.size for forward in self.turn.forwards)
+
+    def send(self, prediction: list[torch.Tensor]) -> None:
+        """Give it what its forwards predict, and go on to its next turn; ends as its segment does."""
+        self._take(self.segment.send(prediction))
+
+    def _take(self, turn: Turn) -> None:
+        if not turn.exact:  # read here, so that inputs which cannot be are their own request's end
+            for forward in turn.forwards:
+                turn.stage.form(forward)
+        self.turn = turn
 
 
 class StepLane(Lane):
@@ -123,16 +136,21 @@ class StepLane(Lane):
         try:
             work.check()
             segment = self.model.segment(work.state, work.report, work.check)
-            runner = _Runner(work, segment, next(segment))
-            self._active.append(runner)
+            runner = _Runner(work, segment)
             if self.budget is None and self._sample is None:
-                self._sample = runner.turn.stage, runner.turn.forwards[0]
-                self._known = budget.recall(self._budget_key(runner.turn.forwards[0]))
+                sample = runner.turn.forwards[0]
+                self._known = budget.recall(self._budget_key(sample))
                 self._patient_until = time.monotonic() + (PATIENCE if self._known is None else 0.0)
+                self._sample = runner.turn.stage, sample
+            self._active.append(runner)
         except StopIteration:  # a segment without a denoising loop
             self._settle(work, work.state)
         except Exception as error:  # noqa: BLE001 (it is the request's end, not the lane's)
             self._settle(work, error)
+
+    def _recover(self, error: Exception) -> None:
+        for runner in list(self._active):
+            self._leave(runner, error)
 
     def _dismiss(self) -> None:
         """Let go of the requests that are not to go on, even those whose turn would be far off."""
@@ -166,7 +184,7 @@ class StepLane(Lane):
 
     def _step(self, chosen: list[_Runner]) -> None:
         """Run one turn of the chosen requests."""
-        watch = streams.Stopwatch(self.model.device)
+        watch, predictions = streams.Stopwatch(self.model.device), None
         try:
             predictions = self._predict(chosen)
             watch.stop()
@@ -175,12 +193,14 @@ class StepLane(Lane):
         except Exception as error:  # noqa: BLE001 (a request must not fail because of those beside it)
             if len(chosen) == 1:
                 self._leave(chosen[0], error)
-            else:
-                log.warning(
-                    "%s: a shared forward failed (%s); its %d requests run apart", self.name, error, len(chosen)
-                )
-                for runner in chosen:
-                    self._step([runner])
+                return
+            # As text: a record of the log may be kept, and the error would keep what the forward has computed.
+            log.warning("%s: a shared forward failed (%s); its %d run apart", self.name, repr(error), len(chosen))
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+                self.budget = sum(runner.size for runner in chosen) // 2
+        if predictions is None:  # not above, where the error still holds what the forward has computed
+            for runner in chosen:
+                self._step([runner])
             return
         self.forwards[len(chosen)] += 1
         for runner, prediction in zip(chosen, predictions):
@@ -205,7 +225,7 @@ class StepLane(Lane):
         previews = runner.work.previews
         show = None if previews is None else previews.prepare(runner.turn, runner.work.state)
         try:
-            runner.turn = runner.segment.send(prediction)
+            runner.send(prediction)
             if show is not None:
                 show()
         except StopIteration:
