@@ -13,7 +13,7 @@ from triptych.components.acceleration import Acceleration
 from triptych.components.interruption import interruptible
 from triptych.errors import Cancelled
 from triptych.runtime.decoder_lane import DecoderLane
-from triptych.runtime.lanes import Work
+from triptych.runtime.lanes import Lane, Work
 from triptych.runtime.model import Model
 from triptych.runtime.segment import finish
 
@@ -78,3 +78,24 @@ def test_a_cancel_takes_effect_before_the_next_part_and_the_autoencoder_is_as_be
 def test_outside_of_a_request_nothing_is_asked(model: Model) -> None:
     with interruptible(lambda: pytest.fail("asked")), interruptible(None):
         finish(model.segment(denoised(model)))
+
+
+def test_a_cancel_takes_effect_before_the_next_token(tiny_repo: Callable[..., Path]) -> None:
+    model = triptych.load(tiny_repo("glm_image"), device="cpu", role="encoder")
+    ask = {"prompt": "a red fox", "seed": 7, "height": 64, "width": 64, "num_inference_steps": 1}
+    ended, outcomes, seen = threading.Event(), [], []
+    work = Work(model.admit(triptych.Request(**ask)), lambda outcome: (outcomes.append(outcome), ended.set())[1])
+
+    def count(*_: object) -> None:
+        seen.append(1)
+        if len(seen) == 3:
+            work.cancel()
+
+    hook = model.components["vision_language_encoder"].register_forward_hook(count)
+    lane = Lane(model, "test", threads=1)
+    lane.put(work)
+    assert ended.wait(60)
+    lane.close()
+    hook.remove()
+    assert isinstance(outcomes[0], Cancelled)
+    assert len(seen) == 3

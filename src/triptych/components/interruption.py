@@ -1,4 +1,4 @@
-"""Stopping an autoencoder between two parts of its work: tiles of a picture, pieces of a video."""
+"""Stopping a model between two parts of its work: tiles of a picture, pieces of a video, tokens of a text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PARTS = ("encoder", "decoder")
 
 @contextmanager
 def interruptible(check: Callable[[], None] | None) -> Iterator[None]:
-    """Call `check` before each part of an autoencoder's work; what it raises ends the work."""
+    """Call `check` before each part of a model's work; what it raises ends the work."""
     token = _check.set(check)
     try:
         yield
@@ -26,13 +26,17 @@ def interruptible(check: Callable[[], None] | None) -> Iterator[None]:
 
 
 def watch(module: Any) -> None:
-    """Let a module be stopped between the parts of its work, if it is an autoencoder."""
+    """Let a module be stopped between the parts of its work, if it is an autoencoder or writes tokens."""
+    parts = []
     if callable(getattr(module, "decode", None)):
-        for name in _PARTS:
-            if isinstance(part := getattr(module, name, None), torch.nn.Module):
-                compiled = part._compiled_call_impl is not None
-                hook: Any = torch.compiler.disable(_look) if compiled else _look  # type: ignore[no-untyped-call]
-                part.register_forward_pre_hook(hook)
+        parts = [getattr(module, name, None) for name in _PARTS]
+    elif callable(getattr(module, "generate", None)):
+        parts = [module]
+    for part in parts:
+        if isinstance(part, torch.nn.Module):
+            compiled = part._compiled_call_impl is not None
+            hook: Any = torch.compiler.disable(_look) if compiled else _look  # type: ignore[no-untyped-call]
+            part.register_forward_pre_hook(hook)
 
 
 def _look(*_: object) -> None:

@@ -31,6 +31,7 @@ from triptych.pipelines.base import Family, check_inputs, check_multiple
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
+from triptych.stages.drawing import seeded
 from triptych.state import View
 
 if TYPE_CHECKING:
@@ -73,13 +74,10 @@ class PriorGeneration(Stage):
         Raises:
             ModelError: the model ended the picture too early.
         """
-        import torch
-
         length, skipped, rows, columns = self.helpers._compute_generation_params(
             image_grid_thw=inputs["image_grid_thw"], is_text_to_image=not given
         )
-        with torch.random.fork_rng():
-            torch.manual_seed(state.seed)
+        with seeded(state.seed):
             written = self.vision_language_encoder.generate(**inputs, max_new_tokens=length, do_sample=True)
         tokens = self.helpers._extract_large_image_tokens(
             written, inputs["input_ids"].shape[-1], skipped, rows * columns

@@ -26,6 +26,7 @@ from triptych.pipelines.qwen_image_edit import MODES, PIXELS, first, listed
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
+from triptych.stages.drawing import seeded
 from triptych.stages.noise_levels import even_sigmas, resolution_shift
 from triptych.state import View
 
@@ -45,10 +46,7 @@ class PromptRewriting(Stage):
     writes = {"prompt"}
 
     def run(self, state: View) -> None:
-        import torch
-
-        with torch.random.fork_rng():
-            torch.manual_seed(state.seed)
+        with seeded(state.seed):
             (state.prompt,) = self.helpers.rewire_prompt(state.prompt, self.device)
 
 

@@ -23,6 +23,7 @@ from triptych.pipelines import qwen_image, qwen_image_edit
 from triptych.pipelines.base import Family, check_inputs
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
+from triptych.stages.drawing import seeded
 from triptych.state import View
 
 if TYPE_CHECKING:
@@ -45,12 +46,9 @@ class Captioning(Stage):
     writes = {"prompt"}
 
     def run(self, state: View) -> None:
-        import torch
-
         width, height = scaled(state.image, state.resolution)
         image = self.helpers.image_processor.resize(state.image, height, width)
-        with torch.random.fork_rng():
-            torch.manual_seed(state.seed)
+        with seeded(state.seed):
             state.prompt = self.helpers.get_image_caption(image, use_en_prompt=state.use_en_prompt, device=self.device)
 
 
