@@ -203,6 +203,30 @@ def test_a_request_that_only_waited_at_a_lost_replica_is_not_blamed() -> None:
     assert not innocent.lost
 
 
+def test_a_request_that_kills_before_it_shows_that_it_computes_is_found_among_others() -> None:
+    """The others are blamed for it at first, and none of them fails."""
+    made = router()
+    poison, others, deaths = submit(made), [], 0
+    while poison.status in ("queued", "running"):
+        replica = Remote(f"r{deaths}", slots=3)
+        made.add(replica)
+        others += [submit(made) for _ in range(2)]
+        while replica.tickets and all(ticket.job is not poison for ticket in replica.tickets):
+            replica.answer()  # of somebody else who is made alone
+        for ticket in replica.tickets:
+            ticket.computing = ticket.job is not poison
+        deaths += bool(replica.tickets)
+        made.remove(replica, f"death {deaths}")
+        assert deaths <= 6, "it kills and kills"
+    with pytest.raises(RequestLostError):
+        poison.result(0)
+    last = Remote("last", slots=3)
+    made.add(last)
+    while last.tickets:
+        last.answer()
+    assert {job.status for job in others} == {"done"}
+
+
 def test_a_damaged_hand_over_is_made_again_by_the_role_before() -> None:
     replica = Remote("all")
     made = router(replica)

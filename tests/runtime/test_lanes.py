@@ -280,7 +280,7 @@ def test_a_defect_of_the_lane_ends_the_requests_it_has_and_not_the_lane(
     model: Model, lane: StepLane, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     outcomes = Outcomes()
-    monkeypatch.setattr(lane, "_choose", lambda: [][0])
+    monkeypatch.setattr(lane, "_choose", lambda: list[Any]().pop())
     outcomes.put(lane, "first", encoded(model))
     assert isinstance(outcomes.wait(1)["first"], IndexError)
     monkeypatch.undo()
@@ -304,7 +304,7 @@ def test_an_error_keeps_no_frames_of_those_it_came_from(model: Model, lane: Step
         try:
             raise ValueError("first")
         except ValueError:
-            raise RuntimeError("then")  # noqa: B904 (so do libraries)
+            raise RuntimeError("then")
 
     hook = model.components["transformer"].register_forward_pre_hook(fail)
     outcomes = Outcomes()

@@ -48,6 +48,7 @@ class Job:
         status: `queued` until a role begins, `running` between; then `done`, `failed` or `cancelled`.
         deadline: when it must have ended, on `time.monotonic`'s clock.
         lost: why each lost attempt was lost.
+        beside: how often it was at a replica that was lost while others were known to compute there.
         error: why it failed.
         previews: how many previews are to be made on the way, and with what; None for none.
     """
@@ -57,6 +58,7 @@ class Job:
     created: float = field(default_factory=time.time)
     status: Status = "queued"
     lost: list[str] = field(default_factory=list)
+    beside: int = 0
     error: Exception | None = None
     previews: tuple[int, Projection] | None = None
     _result: Result | None = None

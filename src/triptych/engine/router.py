@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """Lost attempts after which a request fails; the last of them is made alone."""
+BESIDE = 3
+"""Times that a request may be beside others which are blamed for a loss. Then it is made alone, too: one that kills in its
+first step never shows that it computes."""
 
 
 class Router:
@@ -160,7 +163,7 @@ class Router:
             return
         work = work_of(self._jobs[job], role)
         predicted = self.costs.predict(role, work)
-        alone = len(job.lost) >= ATTEMPTS - 1
+        alone = len(job.lost) >= ATTEMPTS - 1 or job.beside >= BESIDE
         self._waiting.append(Ticket(job, role, handover, work, predicted, alone, self._done))
         self._dispatch()
 
@@ -264,6 +267,8 @@ class Router:
             return
         if counts:
             job.lost.append(f"{ticket.role.value}: {reason}")
+        else:
+            job.beside += 1
         log.warning("%s: lost an attempt (%s); %d of %d", job.id, reason, len(job.lost), ATTEMPTS)
         if len(job.lost) >= ATTEMPTS:
             self._end(job, RequestLostError(job.lost))
