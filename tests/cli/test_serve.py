@@ -26,6 +26,8 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--engine", "local", "--address", "here:1"], "--address needs Ray"),
         (["--engine", "local", "--disagg-role", "server"], "--disagg-role needs Ray"),
         (["--engine", "local", "--denoiser-gpus", "2"], "--denoiser-gpus needs Ray"),
+        (["--engine", "local", "--encoder-gpus", "0.5"], "--encoder-gpus needs Ray"),
+        (["--disagg-role", "denoiser", "--address", "here:1", "--decoder-gpus", "1"], "this command adds no decoder"),
         (["--disagg-role", "encoder", "--address", "here:1", "--denoiser-gpus", "2"], "this command adds no denoiser"),
         (["--engine", "local", "--transport", "nixl"], "--transport needs Ray"),
         (["--disagg-role", "encoder", "--address", "here:1", "--transport", "nixl"], "uses the service's"),
@@ -125,6 +127,10 @@ def test_devices_threads_and_switches_reach_the_local_engine(engines: Any) -> No
         (["--pools", "denoiser=2", "--threads", "2"], {"address": None, "pools": "denoiser=2", "threads": 2}),
         (["--address", "here:1"], {"address": "here:1"}),
         (["--denoiser-gpus", "2"], {"address": None, "gpus": {RoleType.DENOISER: 2}}),
+        (
+            ["--encoder-gpus", "0.2", "--decoder-gpus", "0"],
+            {"address": None, "gpus": {RoleType.ENCODER: 0.2, RoleType.DECODER: 0}},
+        ),
         (
             ["--pools", "denoiser=2", "--transport", "nixl"],
             {"address": None, "pools": "denoiser=2", "transport": "nixl"},

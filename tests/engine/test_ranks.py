@@ -14,7 +14,8 @@ import torch
 
 import triptych
 from triptych.components.acceleration import Acceleration
-from triptych.engine.ranks import gpus_of, ranks_of, with_ranks
+from triptych.engine.pools import parse_pools
+from triptych.engine.ranks import check_room, gpus_of, ranks_of, with_ranks
 from triptych.engine.ray import RayEngine
 from triptych.errors import ParameterError, UsageError
 from triptych.request import Request
@@ -91,6 +92,19 @@ def test_gpus_are_reserved_for_all_ranks_together_or_refused(engine: RayEngine) 
         gpus_of({DENOISER}, {DENOISER: 1}, two)
     with pytest.raises(UsageError, match="needs 2 GPUs on one machine, and the cluster's largest has 0"):
         gpus_of({DENOISER}, {DENOISER: 2}, two)
+
+
+@pytest.mark.slow
+def test_replicas_for_which_there_are_too_few_gpus_are_not_waited_for(engine: RayEngine, caplog: Any) -> None:
+    pools = parse_pools("encoder=1..4,denoiser=2,decoder=1")
+    check_room(pools, {}, {}, growing=False)  # this cluster has none, so they run on the CPU
+    asked = {RoleType.ENCODER: 0.5, DENOISER: 1}
+    with pytest.raises(UsageError, match=r"reserve 2.5 GPUs \(encoder: 0.5, denoiser: 2, decoder: 0\), and there are 0"):
+        check_room(pools, asked, {}, growing=False)
+    check_room(pools, asked, {}, growing=True)
+    assert "wait until a machine joins" in caplog.text
+    with pytest.raises(ParameterError, match="gpus='1.5': a share of one GPU, or a whole number"):
+        gpus_of({DENOISER}, {DENOISER: 1.5}, {})
 
 
 def test_only_a_replica_with_the_denoiser_has_the_ranks(repository: Path) -> None:

@@ -14,7 +14,7 @@ def choose_engine(
     pools: str | None,
     address: str | None,
     disagg_role: str | None,
-    denoiser_gpus: float | None = None,
+    gpus: dict[str, float | None],
     transport: str | None = None,
 ) -> bool:
     """Return whether the options ask for Ray.
@@ -24,10 +24,13 @@ def choose_engine(
     """
     if engine not in (None, "local", "ray"):
         raise UsageError(f"--engine {engine!r}: local or ray is accepted")
-    of_ray = {
-        "--pools": pools, "--address": address, "--disagg-role": disagg_role, "--denoiser-gpus": denoiser_gpus,
+    of_ray: dict[str, object] = {
+        "--pools": pools,
+        "--address": address,
+        "--disagg-role": disagg_role,
+        **{f"--{role}-gpus": count for role, count in gpus.items()},
         "--transport": transport,
-    }  # fmt: skip
+    }
     of_local = {**{f"--{role}": device for role, device in devices.items()}, "--slots": slots}
     ray = next((option for option, value in of_ray.items() if value is not None), None)
     local = next((option for option, value in of_local.items() if value is not None), None)

@@ -148,12 +148,30 @@ def serve(
             rich_help_panel=_RAY,
         ),
     ] = None,
+    encoder_gpus: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="GPUs to reserve for each encoder replica; by default one. Several replicas share one GPU by 0.25 each.",
+            rich_help_panel=_RAY,
+        ),
+    ] = None,
     denoiser_gpus: Annotated[
         float | None,
         typer.Option(
             metavar="N",
             min=0,
             help="GPUs to reserve for each denoiser replica; by default one, or one for each of its ranks.",
+            rich_help_panel=_RAY,
+        ),
+    ] = None,
+    decoder_gpus: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="GPUs to reserve for each decoder replica; by default one.",
             rich_help_panel=_RAY,
         ),
     ] = None,
@@ -226,14 +244,17 @@ def serve(
         if ssl_keyfile is not None and ssl_certfile is None:
             raise UsageError("--ssl-keyfile: it belongs to a certificate; give --ssl-certfile too")
         devices = {"encoder": encoder, "denoiser": denoiser, "decoder": decoder}
-        on_ray = choose_engine(engine, devices, slots, pools, address, disagg_role, denoiser_gpus, transport)
+        cards = {"encoder": encoder_gpus, "denoiser": denoiser_gpus, "decoder": decoder_gpus}
+        on_ray = choose_engine(engine, devices, slots, pools, address, disagg_role, cards, transport)
         role = None if disagg_role is None else RoleType(disagg_role)
         if role is RoleType.MONOLITHIC:
             raise UsageError("--disagg-role monolithic: a whole model is a pool of its own: --pools monolithic=1")
         if role in WORKERS and address is None:
             raise UsageError(f"--disagg-role {role}: name the cluster to join by --address HOST:PORT")
-        if denoiser_gpus is not None and role not in (None, RoleType.DENOISER):
-            raise UsageError(f"--denoiser-gpus: this command adds no denoiser, but --disagg-role {role}")
+        gpus = {RoleType(name): count for name, count in cards.items() if count is not None}
+        for other in gpus:
+            if role not in (None, other):
+                raise UsageError(f"--{other}-gpus: this command adds no {other}, but --disagg-role {role}")
         if role is not None and pools is not None:
             raise UsageError("--disagg-role: --pools belongs to the command that starts the cluster")
         if role in WORKERS and transport is not None:
@@ -275,7 +296,7 @@ def serve(
             from triptych.engine.ray_join import join
 
             assert role is not None and address is not None
-            reserved: dict[str, Any] = {} if denoiser_gpus is None else {"gpus": denoiser_gpus}
+            reserved: dict[str, Any] = {"gpus": gpus[role]} if role in gpus else {}
             join(source, role, address, **options, **reserved, on_ready=lambda told: announce([told], address))
             return
 
@@ -290,8 +311,8 @@ def serve(
                 from triptych.engine.ray import RayEngine
 
                 chosen: dict[str, Any] = {} if pools is None and role is None else {"pools": pools}
-                if denoiser_gpus is not None:
-                    chosen["gpus"] = {RoleType.DENOISER: denoiser_gpus}
+                if gpus:
+                    chosen["gpus"] = gpus
                 if transport is not None:
                     chosen["transport"] = transport
                 return RayEngine(source, address=address, connecting=connecting, **chosen, **options, **routing)

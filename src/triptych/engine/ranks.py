@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from triptych.components.acceleration import Acceleration
+from triptych.engine.pools import Pool
 from triptych.errors import ParameterError, UsageError
 from triptych.pipelines.base import Family
 from triptych.pipelines.registry import open_family
@@ -23,7 +24,7 @@ def gpus_of(roles: Collection[RoleType], asked: Mapping[RoleType, float], accele
     """Return how many GPUs to reserve for a replica: what is asked for, or one for each rank if the cluster has any.
 
     Raises:
-        ParameterError: there are more ranks than that.
+        ParameterError: there are more ranks than that, or a number that is no share of one GPU and no number of whole ones.
         UsageError: no machine of the cluster has so many, and the ranks of a replica are on one.
     """
     import ray
@@ -31,7 +32,9 @@ def gpus_of(roles: Collection[RoleType], asked: Mapping[RoleType, float], accele
     ranks = ranks_of(roles, accelerations)
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     wanted = max((asked[role] for role in roles if role in asked), default=float(ranks if resources.get("GPU") else 0))
-    if 0 < wanted < ranks:
+    if wanted > 1 and wanted != int(wanted):
+        raise ParameterError("gpus", f"{wanted:g}", "a share of one GPU, or a whole number of them, is accepted")
+    if 0 < wanted < ranks > 1:
         raise ParameterError("gpus", f"{wanted:g}", f"{ranks} ranks need one each: {ranks} are accepted, or 0 for none")
     if wanted > 0 and ranks > 1:
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
@@ -41,6 +44,34 @@ def gpus_of(roles: Collection[RoleType], asked: Mapping[RoleType, float], accele
                 f"a replica of {ranks} ranks needs {wanted:g} GPUs on one machine, and the cluster's largest has {most:g}"
             )
     return wanted
+
+
+def check_room(
+    pools: Iterable[Pool], asked: Mapping[RoleType, float], accelerations: Accelerations, *, growing: bool
+) -> None:
+    """Check that there are GPUs for all replicas that pools begin with: Ray lets those that lack one wait for good.
+
+    Args:
+        growing: whether machines may still join the cluster; then it only warns.
+
+    Raises:
+        UsageError: there are fewer.
+    """
+    import ray
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    there = resources.get("GPU", 0.0)
+    needed = {pool.name: pool.least * gpus_of(pool.roles, asked, accelerations) for pool in pools}
+    if sum(needed.values()) <= there:
+        return
+    told = (
+        f"the replicas reserve {sum(needed.values()):g} GPUs ({', '.join(f'{name}: {n:g}' for name, n in needed.items())}), "
+        f"and there are {there:g}: let them share (--encoder-gpus 0.25, or encoder+decoder=1 in --pools), start fewer, "
+        "or have all roles in one process (--engine local)"
+    )
+    if not growing:
+        raise UsageError(told)
+    log.warning("%s; those that lack one wait until a machine joins", told)
 
 
 def ranks_of(roles: Collection[RoleType], accelerations: Accelerations) -> int:
