@@ -144,6 +144,24 @@ def test_offloaded_weights_give_the_same_picture(repo: Path, monkeypatch: pytest
     assert torch.equal(model.generate(**ASK).images, expected)
 
 
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+def test_components_of_which_parts_were_cut_away_are_offloaded_too(
+    tiny_repo: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    """A text encoder without its vision tower, and the half of an autoencoder."""
+    repo, ask = tiny_repo("qwen_image"), {**ASK, "width": 64}
+    expected = triptych.load(repo, device="cpu").generate(**ask).images
+    monkeypatch.setattr(switches, "_needs_accelerator", lambda device: None)
+    split = {
+        name: triptych.load(repo, role=name, device="cpu", acceleration={role: Acceleration(offload="group")})
+        for name in ("encoder", "denoiser", "decoder")
+    }
+    state: Any = triptych.Request(**ask)
+    for model in split.values():
+        state = model.run(state)
+    assert torch.equal(state.result.images, expected)
+
+
 def test_the_repeated_blocks_of_a_model_are_compiled_and_of_an_autoencoder_the_half_that_decodes(repo: Path) -> None:
     asked = {role: Acceleration(compile=True) for role in ("denoiser", "decoder")}
     model = triptych.load(repo, device="cpu", acceleration=asked)

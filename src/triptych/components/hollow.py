@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -68,6 +69,24 @@ def used_modules(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[st
     for name, child in module._modules.items():
         if child is not None:
             yield from used_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+@contextmanager
+def unused_aside(module: torch.nn.Module) -> Iterator[None]:
+    """Take away what `guard_part` cut off, while a library moves all weights that it finds: those are nowhere."""
+    cut = [
+        (owner, name, part)
+        for owner in module.modules()
+        for name, part in owner._modules.items()
+        if part is not None and "triptych_unused" in vars(part)
+    ]
+    for owner, name, _ in cut:
+        owner._modules[name] = None
+    try:
+        yield
+    finally:
+        for owner, name, part in cut:
+            owner._modules[name] = part
 
 
 def is_hollow(module: object) -> bool:

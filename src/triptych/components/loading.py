@@ -147,7 +147,11 @@ def _load_whole(cls: type[Any], repository: Repository, name: str, device: torch
     """
     for file in repository.unsafe_weight_files(name) if not repository.weight_files(name) else ():
         log.warning("%s is a pickle: it is read by torch.load(weights_only=True), which runs no code of it", file)
-    module, info = _from_pretrained(cls, repository, name, dtype=dtype, output_loading_info=True)
+    options: dict[str, object] = {"dtype": dtype, "output_loading_info": True}
+    if "quantization_config" in repository.config(name):
+        # Where its weights are to be, a quantiser has to know before it makes them; else it decides that by itself.
+        options["device_map"] = {"": device}
+    module, info = _from_pretrained(cls, repository, name, **options)
     for problem in ("missing_keys", "mismatched_keys"):
         if keys := sorted(map(str, info.get(problem, ()))):
             raise ComponentFileError(

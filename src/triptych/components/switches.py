@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from triptych.components.acceleration import Acceleration, parse_cache
-from triptych.components.hollow import is_hollow, settle
+from triptych.components.hollow import is_hollow, settle, unused_aside
 from triptych.components.step_cache import StepCache
 from triptych.errors import UsageError, did_you_mean
 from triptych.roles import RoleType
@@ -168,13 +168,14 @@ def _offload(module: Any, _: str, device: torch.device | None) -> None:
     if is_hollow(module):
         return
     dtype: torch.dtype = module.dtype
-    apply_group_offloading(
-        module,
-        onload_device=device,
-        offload_device=torch.device("cpu"),
-        offload_type="leaf_level",
-        use_stream=device.type == "cuda",
-    )
+    with unused_aside(module):
+        apply_group_offloading(
+            module,
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+            use_stream=device.type == "cuda",
+        )
     settle(module, device, lambda: dtype)
 
 

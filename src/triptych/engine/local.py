@@ -19,6 +19,7 @@ from triptych.engine.replica import Handover, Replica, Ticket
 from triptych.engine.router import Router
 from triptych.errors import UsageError
 from triptych.roles import WORKERS, RoleType, role_name
+from triptych.runtime import streams
 from triptych.runtime.decoder_lane import DecoderLane
 from triptych.runtime.lanes import Lane, Work
 from triptych.runtime.meeting import is_guest
@@ -219,6 +220,7 @@ class LocalEngine(Engine):
             self.warm_up()
 
     def hand_in(self, state: State) -> Handover:
+        streams.wait_for(state.fields)
         return Handover(state.next_role, state)
 
     def find_projection(self, timeout: float) -> Projection | None:

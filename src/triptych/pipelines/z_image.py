@@ -112,9 +112,11 @@ class ZImageDenoising(Denoising):
     def scale(self, state: View, i: int) -> float:
         """Return the guidance scale of step i: 0 where there is none, and beyond the truncation."""
         scale: float = max(state.guidance_scale, 0.0)
-        # As in the oracle, a truncation above 1 is none: no step lies there.
+        # As in the oracle, a truncation above 1 is none: no step lies there. To read a timestep is to wait for the device.
+        if not scale or float(state.cfg_truncation) > 1:
+            return scale
         travelled = ((1000 - state.timesteps[i].float()) / 1000).item()
-        return 0.0 if float(state.cfg_truncation) <= 1 and travelled > state.cfg_truncation else scale
+        return 0.0 if travelled > state.cfg_truncation else scale
 
     def model_inputs(self, state: View, i: int) -> list[Forward]:
         text = state.conditioning

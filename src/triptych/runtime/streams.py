@@ -36,6 +36,12 @@ def wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def wait_for(values: Any) -> None:
+    """Wait until tensors that this thread computed are there, so that lanes, which have other streams, may read them."""
+    for device in {each.device for each in tree_leaves(values) if isinstance(each, torch.Tensor) and each.is_cuda}:
+        wait(device)
+
+
 class Stopwatch:
     """Times what this thread asks of a device from now until `stop`, without waiting for the device."""
 
