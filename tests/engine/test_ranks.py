@@ -15,7 +15,7 @@ import torch
 import triptych
 from triptych.components.acceleration import Acceleration
 from triptych.engine.pools import parse_pools
-from triptych.engine.ranks import check_room, gpus_of, ranks_of, with_ranks
+from triptych.engine.ranks import check_room, gpus_of, placed, ranks_of, with_ranks
 from triptych.engine.ray import RayEngine
 from triptych.errors import ParameterError, UsageError
 from triptych.request import Request
@@ -99,12 +99,23 @@ def test_replicas_for_which_there_are_too_few_gpus_are_not_waited_for(engine: Ra
     pools = parse_pools("encoder=1..4,denoiser=2,decoder=1")
     check_room(pools, {}, {}, growing=False)  # this cluster has none, so they run on the CPU
     asked = {RoleType.ENCODER: 0.5, DENOISER: 1}
-    with pytest.raises(UsageError, match=r"reserve 2.5 GPUs \(encoder: 0.5, denoiser: 2, decoder: 0\), and there are 0"):
+    with pytest.raises(
+        UsageError, match=r"reserve 2.5 GPUs \(encoder: 0.5, denoiser: 2, decoder: 0\), and there are 0"
+    ):
         check_room(pools, asked, {}, growing=False)
     check_room(pools, asked, {}, growing=True)
     assert "wait until a machine joins" in caplog.text
     with pytest.raises(ParameterError, match="gpus='1.5': a share of one GPU, or a whole number"):
         gpus_of({DENOISER}, {DENOISER: 1.5}, {})
+
+
+@pytest.mark.slow
+def test_a_replica_for_which_no_gpu_is_asked_computes_on_its_cpu(engine: RayEngine) -> None:
+    options = {"dtype": "auto", "acceleration": {}}
+    assert placed({DENOISER}, {}, options) == (0, options)
+    assert placed({DENOISER}, {DENOISER: 0}, options) == (0, {**options, "device": "cpu"})
+    both = {RoleType.ENCODER, DENOISER}
+    assert placed(both, {RoleType.ENCODER: 0, DENOISER: 1}, options) == (1, options)
 
 
 def test_only_a_replica_with_the_denoiser_has_the_ranks(repository: Path) -> None:

@@ -1,6 +1,7 @@
 """The engine over Ray: processes that come, die, hang and go, and the same pixels all the while."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -19,11 +21,17 @@ import triptych
 import triptych.engine  # before ray: it asks for Ray's authentication
 
 import ray  # isort: skip
+from ray.exceptions import GetTimeoutError, ObjectLostError
+
+from triptych.engine import ray_pools
+from triptych.engine.job import Job
 from triptych.engine.pools import parse_pools
 from triptych.engine.ray import RayEngine, RayReplica
 from triptych.engine.ray_replica import GIVE_UP
-from triptych.errors import Cancelled, ModelError, ReplicaRefusedError, UsageError
+from triptych.engine.replica import Handover, Ticket
+from triptych.errors import Cancelled, ModelError, ReplicaRefusedError, UsageError, WireError
 from triptych.request import Request
+from triptych.roles import RoleType
 
 ASK: dict[str, Any] = {
     "prompt": "a red fox", "seed": 7, "height": 64, "width": 48, "num_inference_steps": 3, "output_type": "pt",
@@ -32,8 +40,8 @@ ASK: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def repository(tiny_repo: Callable[..., Path]) -> Path:
-    return tiny_repo("flux2_klein")
+def repository(tiny_repo: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(tiny_repo("flux2_klein"), tmp_path_factory.mktemp("ours") / "flux2_klein")
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +174,25 @@ def test_a_replica_whose_processes_die_while_they_load_is_given_up_and_harms_nob
     wait_until(lambda: added.failure is not None)
     assert f"{GIVE_UP} processes died while they loaded" in str(added.failure) and added.state == "starting"
     assert torch.equal(engine.submit(Request(**ASK)).result(120).images, whole.generate(**ASK).images)
-    engine.drain(added.name)
-    wait_until(lambda: added not in engine.replicas)
+    engine.scale("encoder", len(before))
+    wait_until(lambda: set(of(engine, "encoder")) == before)
+
+
+def test_a_replica_that_served_and_cannot_load_again_is_replaced(
+    engine: RayEngine, whole: triptych.Model, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pools, "REPLACE", 1.0)
+    wait_until(lambda: all_ready(engine))
+    (victim,) = of(engine, "decoder")
+    weights, away = repository / "vae", repository / "away"
+    weights.rename(away)
+    try:
+        os.kill(victim.told["pid"], signal.SIGKILL)
+        wait_until(lambda: victim.failure is not None)
+    finally:
+        away.rename(weights)
+    wait_until(lambda: victim not in engine.replicas and len(of(engine, "decoder")) == 1 and all_ready(engine))
+    assert torch.equal(engine.generate(**ASK).images, whole.generate(**ASK).images)
 
 
 def test_a_job_is_cancelled_in_another_process(engine: RayEngine) -> None:
@@ -180,6 +205,65 @@ def test_a_job_is_cancelled_in_another_process(engine: RayEngine) -> None:
     with pytest.raises(Cancelled):
         job.result(1)
     wait_until(lambda: all(not each.tickets for each in engine.replicas), 10)
+
+
+@ray.remote(num_cpus=0)
+class Owner:
+    """Has a state, as long as it lives."""
+
+    def put(self) -> list[Any]:
+        return [ray.put(np.zeros(2**20, np.uint8))]
+
+
+def test_a_ticket_whose_state_is_lost_on_its_way_is_given_back(engine: RayEngine) -> None:
+    wait_until(lambda: all_ready(engine))
+    (replica,) = of(engine, "decoder")
+    ended: list[Any] = []
+    ticket = Ticket(
+        Job(),
+        RoleType.DECODER,
+        Handover(RoleType.DECODER, None),
+        1.0,
+        1.0,
+        False,
+        lambda _, it: ended.append(it),
+        replica,
+    )
+    ticket.expected = True
+    owner = Owner.remote()
+    (state,) = ray.get(owner.put.remote())
+    ray.kill(owner)
+
+    def is_lost() -> bool:
+        try:
+            ray.get(state, timeout=1)
+        except (ObjectLostError, GetTimeoutError) as error:
+            return isinstance(error, ObjectLostError)
+        return False
+
+    wait_until(is_lost)
+    replica.tickets.append(ticket)
+    try:
+        replica.start(ticket, None)
+        replica.start(ticket, state)
+        wait_until(lambda: bool(ended), 20)
+    finally:
+        replica.cancel(ticket)
+        replica.tickets.clear()
+    assert isinstance(ended[0], WireError)
+    assert "the hand-over was lost" in str(ended[0])
+    wait_until(lambda: ray.get(replica.actor.busy.remote()) == 0, 10)
+
+
+def test_an_unforeseen_error_does_not_end_the_heartbeats(engine: RayEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulses: list[float] = []
+
+    def fail() -> None:
+        pulses.append(time.monotonic())
+        raise TypeError("nobody thought of this")
+
+    monkeypatch.setattr(engine._keeper, "pulse", fail)
+    wait_until(lambda: len(pulses) > 1, 10)
 
 
 def test_no_object_of_a_finished_request_is_left_in_the_store(engine: RayEngine) -> None:
@@ -201,6 +285,16 @@ def test_a_pool_is_scaled_up_and_a_replica_drained_while_it_serves(engine: RayEn
     assert len(of(engine, "decoder")) == 1
     with pytest.raises(UsageError, match="pool='vae'"):
         engine.scale("vae", 1)
+
+
+def test_a_pool_that_shrinks_while_a_replica_loads_keeps_the_one_that_serves(engine: RayEngine) -> None:
+    wait_until(lambda: all_ready(engine))
+    (serving,) = of(engine, "decoder")
+    engine.scale("decoder", 2)
+    wait_until(lambda: len(of(engine, "decoder")) == 2)
+    engine.scale("decoder", 1)
+    wait_until(lambda: len(of(engine, "decoder")) == 1)
+    assert of(engine, "decoder") == [serving]
 
 
 JOIN = """

@@ -1,6 +1,7 @@
 """What a replica's process does with tickets, whichever way their states come."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 import triptych
 import triptych.engine  # before ray: it asks for Ray's authentication
+from triptych.engine import attempt
 from triptych.engine.attempt import REMEMBERED
 from triptych.engine.inbox import Order, send
 from triptych.engine.ray_actor import ReplicaActor
@@ -131,6 +133,47 @@ def test_what_is_taken_back_before_its_state_comes_is_not_computed(
     assert not send(order(encoder, "late"), request_bytes.data)
     assert seen == []
     assert len(encoder._attempts.all()) == 0
+
+
+def test_a_ticket_whose_state_does_not_come_ends_when_its_router_has_been_silent_for_long(
+    actors: dict[str, ReplicaActor], request_bytes: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = actors["encoder"]
+    monkeypatch.setattr(attempt, "FORGOTTEN", 1.0)
+    monkeypatch.setitem(vars(encoder), "_process", {})  # Ray tells of it, and is not here
+    answers: dict[str, Any] = {}
+
+    def wait(ticket: str) -> None:
+        answers[ticket] = encoder.run(order(encoder, ticket), None)[0]
+
+    waiting = [threading.Thread(target=wait, args=(ticket,)) for ticket in ("wanted", "forgotten")]
+    for each in waiting:
+        each.start()
+    try:
+        deadline = time.monotonic() + 2.5
+        while time.monotonic() < deadline:
+            encoder.beat(["wanted", "unheard of"])
+            time.sleep(0.05)
+        assert answers.keys() == {"forgotten"}
+        assert answers["forgotten"]["error"][0] == "WireError", "it is tried again where the router is alive after all"
+        assert encoder.busy() == 1
+        assert not send(order(encoder, "forgotten"), request_bytes.data), "and one that is late is refused"
+    finally:
+        for ticket in ("wanted", "forgotten"):
+            encoder.cancel(ticket)
+        for each in waiting:
+            each.join(10)
+
+
+def test_a_segment_that_has_begun_is_not_given_up_however_silent_its_router_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "FORGOTTEN", -1.0)
+    begun, never = attempt.Attempt(), attempt.Attempt()
+    assert begun.begin()
+    for each in (begun, never):
+        each._give_up()
+    assert not begun.answer.done()
+    assert never.wait()[0]["error"][0] == "WireError"
+    assert not never.begin()
 
 
 def test_answers_that_nobody_asks_for_are_not_kept_for_ever(actors: dict[str, ReplicaActor]) -> None:

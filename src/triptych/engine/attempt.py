@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from triptych.engine.inbox import Order
-from triptych.errors import Cancelled, to_text
+from triptych.errors import Cancelled, WireError, to_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +25,8 @@ Answer: TypeAlias = "tuple[dict[str, Any], npt.NDArray[np.uint8] | Placed]"
 
 REMEMBERED = 256
 """How many tickets that are done, or taken back, a replica remembers, and how many answers that nobody asked for."""
+FORGOTTEN = 60.0
+"""Seconds that a ticket waits for its state without a word from its router, which says every half second what it wants."""
 
 
 class Attempt:
@@ -33,11 +37,13 @@ class Attempt:
         asked: whether the router has asked.
         progress: the stage, the step and the steps in all; None before the first.
         previews: the pictures on the way that were made so far: step, steps, PNG.
+        wanted: when its router last said that it wants it.
     """
 
     def __init__(self) -> None:
         self.answer: Future[Answer] = Future()
         self.asked = False
+        self.wanted = time.monotonic()
         self.progress: tuple[str, int, int] | None = None
         self.previews: list[tuple[int, int, bytes]] = []
         self._lock = threading.Lock()
@@ -51,6 +57,21 @@ class Attempt:
                 return False
             self._begun = True
             return True
+
+    def wait(self) -> Answer:
+        """Return what became of it. Where it has not begun and its router is silent, its state is taken not to come."""
+        while not self._begun:
+            with suppress(TimeoutError):
+                return self.answer.result(max(0.0, self.wanted + FORGOTTEN - time.monotonic()))
+            self._give_up()
+        return self.answer.result()
+
+    def _give_up(self) -> None:
+        with self._lock:
+            forgotten = time.monotonic() - self.wanted > FORGOTTEN
+            if forgotten and not self._begun and not self._cancelled:
+                self.answer.set_result(failure(WireError("the state did not come, and its router has fallen silent")))
+                self._cancelled = True
 
     def cancel(self) -> None:
         """Stop it before its next step, or before it begins."""
@@ -129,6 +150,13 @@ class Attempts:
         with self._lock:
             self._all.pop(ticket, None)
             self._unwanted.append(ticket)
+
+    def want(self, tickets: Iterable[str]) -> None:
+        """Take note that a router still wants these tickets."""
+        with self._lock:
+            for ticket in tickets:
+                if (attempt := self._all.get(ticket)) is not None:
+                    attempt.wanted = time.monotonic()
 
     def cancel(self, ticket: str) -> None:
         """Stop a ticket before its next step, or before it begins."""

@@ -46,6 +46,19 @@ def gpus_of(roles: Collection[RoleType], asked: Mapping[RoleType, float], accele
     return wanted
 
 
+def placed(
+    roles: Collection[RoleType], asked: Mapping[RoleType, float], options: Mapping[str, Any]
+) -> tuple[float, dict[str, Any]]:
+    """Return the GPUs to reserve for a replica, and what it is to load: on its CPU, where none was asked for.
+
+    Raises:
+        ParameterError, UsageError: see `gpus_of`.
+    """
+    gpus = gpus_of(roles, asked, options["acceleration"])
+    none = not gpus and any(asked.get(role) == 0 for role in roles)
+    return gpus, {**options, **({"device": "cpu"} if none else {})}  # Ray hides no GPU from what reserves none
+
+
 def check_room(
     pools: Iterable[Pool], asked: Mapping[RoleType, float], accelerations: Accelerations, *, growing: bool
 ) -> None:
@@ -110,7 +123,7 @@ def with_ranks(
     mine = {**options, "acceleration": {role: each for role, each in alone.items() if each}}
     if ranks_of(parse_roles(roles), accelerations) == 1:
         return None, mine
-    gpus = visible_gpus(asked.ranks)
+    gpus = None if options.get("device") == "cpu" else visible_gpus(asked.ranks)
     family = open_family(source, revision=options.get("revision"), variant=options.get("variant"))
     names = denoisers(family, family.select_tasks(options.get("tasks")))
     check_ranks(family, names, asked, on_gpu=gpus is not None)

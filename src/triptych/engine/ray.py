@@ -27,13 +27,13 @@ from triptych.engine.inbox import SMALL, Inbox, Order
 from triptych.engine.job import ENDED
 from triptych.engine.local import PROMPT_CACHE
 from triptych.engine.pools import Pool, parse_pools
-from triptych.engine.ranks import check_place, ranks_of
+from triptych.engine.ranks import check_place, check_room, ranks_of
 from triptych.engine.ray_cluster import connect
 from triptych.engine.ray_pools import PoolKeeper
 from triptych.engine.ray_replica import RayReplica
 from triptych.engine.replica import Handover, Ticket
 from triptych.engine.router import Router
-from triptych.errors import ModelError, RemoteError, UsageError, WireError, from_text
+from triptych.errors import ModelError, RemoteError, ReplicaRefusedError, UsageError, WireError, from_text
 from triptych.pipelines.registry import find_family
 from triptych.roles import WORKERS, RoleType
 from triptych.runtime.model import Model, identity_of
@@ -132,6 +132,7 @@ class RayEngine(Engine):
             undo.callback(self._closed.set)
             if any(RoleType.DENOISER in pool.roles for pool in wanted):
                 check_place(family, chosen, gpus or {}, options["acceleration"])
+            check_room(wanted, gpus or {}, options["acceleration"], growing=not started)
             self._start(undo, wanted, gpus or {}, identity, arguments)
             self.front = front or prove()
             self._wait_until_ready()
@@ -253,6 +254,8 @@ class RayEngine(Engine):
             try:
                 if what == "finished":
                     self._finished(replica, future, *details)
+                elif what == "handed":
+                    self._handed(replica, future, *details)
                 else:
                     replica.hear(self.router, future, *details)
             except Exception:  # one replica's answer must not end the thread that hears them all
@@ -265,17 +268,29 @@ class RayEngine(Engine):
         self._results.pop(ticket.name, None)
         if ticket not in replica.tickets:
             return  # taken back
+        if error is not None:
+            self._failed(replica, ticket, error)
+            return
+        told = future.result()
+        for preview in told.get("previews", ()):  # those that no heartbeat has told of
+            ticket.show(*preview)
+        ticket.done(ticket, self._outcome(ticket, told, data))
+
+    def _handed(self, replica: RayReplica, future: Future[Any], ticket: Ticket) -> None:
+        """End a ticket whose state could not be brought: its replica would wait for it for ever."""
+        error = future.exception()
+        if error is not None and ticket in replica.tickets:
+            replica.cancel(ticket)
+            self._failed(replica, ticket, error)
+
+    def _failed(self, replica: RayReplica, ticket: Ticket, error: BaseException) -> None:
+        """Take note of Ray's error in place of an answer."""
         if isinstance(error, RayActorError):
             replica.lose(self.router, f"{replica.name} died ({type(error).__name__})")
         elif isinstance(error, (ObjectLostError, OwnerDiedError)):
             ticket.done(ticket, WireError(f"the hand-over was lost: {error}"))
-        elif error is not None:
-            ticket.done(ticket, RemoteError(str(error)))
         else:
-            told = future.result()
-            for preview in told.get("previews", ()):  # those that no heartbeat has told of
-                ticket.show(*preview)
-            ticket.done(ticket, self._outcome(ticket, told, data))
+            ticket.done(ticket, RemoteError(str(error)))
 
     def _outcome(self, ticket: Ticket, told: dict[str, Any], data: Any) -> Handover | Exception:
         """Return what a replica's answer means."""
@@ -297,6 +312,10 @@ class RayEngine(Engine):
                 self._keeper.pulse()
             except RayError as error:
                 log.warning("the cluster does not answer: %s", error)
+            except ReplicaRefusedError as error:
+                log.warning("this router has no part in the cluster's service: %s", error)
+            except Exception:  # without this thread nobody would hear whether replicas live
+                log.exception("the pools could not be looked after")
 
 
 def _check_pools(pools: list[Pool], roles: set[RoleType]) -> None:

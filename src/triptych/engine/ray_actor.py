@@ -8,14 +8,14 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import triptych
-from triptych.errors import ReplicaRefusedError
+from triptych.errors import ReplicaRefusedError, from_text, to_text
 from triptych.roles import RoleType
 from triptych.runtime.collection import collection_paused
 
@@ -88,8 +88,11 @@ class ReplicaActor:
                     slots=slots,
                 )
                 self._loaded.set_result(replica)
-            except Exception as error:  # noqa: BLE001 (told to whoever asks how things stand)
-                self._loaded.set_exception(error)
+            except Exception as error:
+                log.exception("%s could not be loaded", name)
+                refused = isinstance(error, ReplicaRefusedError)
+                # As it is told between processes: many errors, of ours and of libraries, cannot be unpickled.
+                self._loaded.set_exception(error if refused else from_text(*to_text(error)))
 
         # In a thread of its own, so that this process can tell meanwhile that it is alive.
         threading.Thread(target=load, name="loading", daemon=True).start()
@@ -173,7 +176,7 @@ class ReplicaActor:
         try:
             if data is not None and attempt.begin():
                 self._answer(attempt, order, data)
-            return attempt.answer.result()
+            return attempt.wait()
         finally:
             self._attempts.close(order.ticket)
 
@@ -264,12 +267,16 @@ class ReplicaActor:
         """Return how many segments it has, or waits for."""
         return sum(not each.answer.done() for _, each in self._attempts.all())
 
-    def beat(self) -> dict[str, Any]:
+    def beat(self, wanted: Sequence[str] = ()) -> dict[str, Any]:
         """Show that it is alive, and how far its tickets are; `replica` is None while it loads.
+
+        Args:
+            wanted: the tickets of whoever asks.
 
         Raises:
             Exception: what loading failed with.
         """
+        self._attempts.want(wanted)
         wait([self._loaded], _LOOK)
         attempts = self._attempts.all()
         return {
@@ -290,9 +297,9 @@ def _end_if_broken(error: Exception) -> None:
 
     Its requests go elsewhere as those of any process that dies.
     """
-    import torch
+    from triptych.runtime.streams import is_broken
 
-    if isinstance(error, getattr(torch, "AcceleratorError", ())):  # PyTorch has it from 2.8 on
+    if is_broken(error):
         log.critical("this replica ends, because its device has failed: %s", error)
         os._exit(1)
 

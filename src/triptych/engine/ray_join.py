@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from triptych.components.acceleration import parse_acceleration
 from triptych.engine.local import PROMPT_CACHE
-from triptych.engine.ranks import gpus_of
+from triptych.engine.ranks import placed
 from triptych.engine.ray_cluster import connect, start_replica
 from triptych.engine.ray_register import find_register
 from triptych.engine.ray_replica import SILENCE_LOADING
@@ -68,13 +68,14 @@ def join(
     options["acceleration"] = parse_acceleration(acceleration)
     role = RoleType(role)
     name = f"{role.value}-{secrets.token_hex(3)}"
+    reserved, options = placed({role}, {} if gpus is None else {role: gpus}, options)
     actor = start_replica(
         name,
         str(source),
         role.value,
         options,
         threads=threads or max(1, (os.cpu_count() or 1) // 2),
-        gpus=gpus_of({role}, {} if gpus is None else {role: gpus}, options["acceleration"]),
+        gpus=reserved,
         here=True,
         expected=ray.get(register.identity.remote()),
         budget=None if batching else 0,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,9 +15,9 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from triptych.engine.inbox import Order
 from triptych.engine.pools import Pool
-from triptych.engine.ranks import gpus_of
+from triptych.engine.ranks import placed
 from triptych.engine.ray_cluster import start_replica
-from triptych.engine.ray_register import NAMESPACE, open_register
+from triptych.engine.ray_register import NAMESPACE, enter, open_register
 from triptych.engine.ray_replica import RayReplica
 from triptych.engine.replica import Ticket
 from triptych.engine.router import Router
@@ -27,6 +29,10 @@ SCALE_AFTER = 3.0
 """Seconds of waiting work for each replica of a pool, beyond which it gets another, if it may."""
 IDLE = 60.0
 """Seconds without work after which a pool gives a replica back, if it may."""
+REPLACE = 10.0
+"""Seconds after which a replica that cannot start is replaced, doubled for each in a row that could not."""
+_REPLACE_MOST = 600.0
+"""Seconds that it takes at most."""
 _PATIENCE = 10.0
 """Seconds that the register may take to answer."""
 
@@ -48,15 +54,19 @@ class PoolKeeper:
         self._router, self._identity, self._expect, self._later = router, identity, expect, later
         self._members: dict[str, dict[str, Any]] = {}
         self._epoch: str | None = None
+        self._work: dict[str, float] = {}  # seconds that all routers together have for each pool
+        self._failures: Counter[str] = Counter()  # replicas in a row that could not start, by pool
+        self._lock = threading.Lock()  # so that nothing is drained while the pools are looked after
         self._register = open_register(self._name, identity)
 
     def declare(self, pools: Iterable[Pool], gpus: dict[RoleType, float], **arguments: Any) -> None:
         """Say which pools the service is to have, and with what arguments `start_replica` starts their replicas."""
         declared = {}
         for pool in pools:
-            reserved = {**arguments, "gpus": gpus_of(pool.roles, gpus, arguments["options"]["acceleration"])}
+            reserved, options = placed(pool.roles, gpus, arguments["options"])
             declared[pool.name] = {
-                "least": pool.least, "most": pool.most, "target": pool.least, "arguments": reserved,
+                "least": pool.least, "most": pool.most, "target": pool.least,
+                "arguments": {**arguments, "options": options, "gpus": reserved},
             }  # fmt: skip
         ray.get(self._register.declare.remote(declared))
 
@@ -66,11 +76,10 @@ class PoolKeeper:
 
     def drain(self, name: str) -> None:
         """Have a replica given nothing more by any router, and ended when it has finished; its pool shrinks by it."""
-        replica = self.replicas[name]
-        if not replica.joined and replica.pool in self.pools:
-            self.scale(replica.pool, max(0, self.pools[replica.pool]["target"] - 1))
-        ray.get(self._register.drain.remote(name))
-        replica.draining = True
+        with self._lock:
+            ray.get(self._register.drain.remote(name, shrink=True), timeout=_PATIENCE)
+            if name in self.replicas:
+                self.replicas[name].draining = True
 
     def leave(self) -> None:
         """Take this router out of the service; the last one takes the replicas with it."""
@@ -89,13 +98,21 @@ class PoolKeeper:
 
         Raises:
             RayError: the cluster does not answer.
+            ReplicaRefusedError: this router had fallen silent, and another model is served by now.
         """
-        told = ray.get(self._register.pulse.remote(self._name), timeout=_PATIENCE)
-        if self._epoch not in (None, told["epoch"]):
-            log.warning("the register was started anew: it learns again what this router knows")
-            ray.get(self._register.restore.remote(self._identity, self._members, self.pools), timeout=_PATIENCE)
-            told = ray.get(self._register.pulse.remote(self._name), timeout=_PATIENCE)
+        with self._lock:
+            self._pulse()
+
+    def _pulse(self) -> None:
+        told = self._tell()
+        anew = self._epoch not in (None, told["epoch"])
+        if anew or (self.pools and not told["pools"]):
+            log.warning("the register was started anew, or its service ended: it learns again what this router knows")
+            # The replicas of a service that ended have ended, too.
+            ray.get(self._register.restore.remote(self._members if anew else {}, self.pools), timeout=_PATIENCE)
+            told = self._tell()
         self._epoch, self._members, self.pools = told["epoch"], told["members"], told["pools"]
+        self._work = told["work"]
         self._meet()
         keeping = told["keeper"] == self._name
         for replica in list(self.replicas.values()):
@@ -103,6 +120,18 @@ class PoolKeeper:
         if keeping:
             self._autoscale()
             self._fill()
+
+    def _tell(self) -> dict[str, Any]:
+        """Show the register that this router is alive, and what work it has; returns all that the register knows."""
+        work = {}
+        for pool in self.pools:
+            waiting = sum(ticket.predicted for role in parse_roles(pool) for ticket in self._router.waiting(role))
+            work[pool] = waiting + sum(each.backlog for each in self._of(pool))
+        while (told := ray.get(self._register.pulse.remote(self._name, work), timeout=_PATIENCE)) is None:
+            log.warning("the register does not know this router any more: it enters again")
+            enter(self._register, self._name, self._identity, timeout=_PATIENCE)
+        known: dict[str, Any] = told
+        return known
 
     def _meet(self) -> None:
         """Take note of replicas that have been added to the service, or removed from it."""
@@ -124,18 +153,28 @@ class PoolKeeper:
             replica.busy = time.monotonic()
         if replica.state == "ready" and replica.is_gone():
             replica.lose(self._router, f"{replica.name} died")
-        if replica.asked is None and replica.failure is None:
+        if replica.asked is None and replica.failed is None:
             replica.ask()
         elif replica.hangs():
             silent = replica.silent
             replica.kill()
             replica.lose(self._router, f"{replica.name} gave no sign of life for {silent:.1f} s")
         if keeping and replica.drained and not replica.joined:
-            self._register.remove.remote(replica.name)
-            self._members.pop(replica.name, None)
-            self.replicas.pop(replica.name)
-            self._router.remove(replica, "it was drained")
-            replica.close()
+            self._strike_out(replica, "it was drained")
+        elif keeping and replica.failed is not None:
+            patience = min(REPLACE * 2 ** self._failures[replica.pool], _REPLACE_MOST)
+            if time.monotonic() - replica.failed > patience:
+                log.warning("%s could not start %.0f s ago, and is replaced", replica.name, patience)
+                self._failures[replica.pool] += 1
+                self._strike_out(replica, "it could not start")  # the process of one that joined sees it, and ends
+
+    def _strike_out(self, replica: RayReplica, reason: str) -> None:
+        """End a replica for good; where its pool lacks one then, another is started."""
+        self._register.remove.remote(replica.name)
+        self._members.pop(replica.name, None)
+        self.replicas.pop(replica.name)
+        self._router.remove(replica, reason)
+        replica.close()
 
     def _fill(self) -> None:
         """Start the replicas that a pool lacks, and drain those it has too many."""
@@ -146,7 +185,7 @@ class PoolKeeper:
                 actor = start_replica(replica, roles=name, **pool["arguments"])
                 self.replicas[replica] = self._replica(replica, name, actor)
                 ray.get(self._register.add.remote(replica, name))
-            for surplus in sorted(mine, key=lambda each: each.backlog)[: max(0, len(mine) - pool["target"])]:
+            for surplus in sorted(mine, key=_use)[: max(0, len(mine) - pool["target"])]:
                 surplus.draining = True
                 self._register.drain.remote(surplus.name)
 
@@ -155,10 +194,10 @@ class PoolKeeper:
         now = time.monotonic()
         for name, pool in self.pools.items():
             mine = self._of(name)
-            roles = parse_roles(name)
-            waiting = sum(ticket.predicted for role in roles for ticket in self._router.waiting(role))
-            work = waiting + sum(each.backlog for each in mine)
+            work = self._work.get(name, 0.0)
             ready = all(each.state == "ready" for each in mine)
+            if ready and len(mine) >= pool["target"]:
+                self._failures.pop(name, None)
             if ready and len(mine) < pool["most"] and work > SCALE_AFTER * max(1, len(mine)):
                 target = len(mine) + 1
             elif len(mine) > pool["least"] and all(now - each.busy > IDLE for each in mine):
@@ -174,3 +213,8 @@ class PoolKeeper:
     def _of(self, pool: str) -> list[RayReplica]:
         """Return a pool's own replicas that are to stay."""
         return [each for each in self.replicas.values() if each.pool == pool and not each.draining and not each.joined]
+
+
+def _use(replica: RayReplica) -> tuple[bool, bool, float]:
+    """Return what orders replicas by how much they are missed: least those that failed, then those that still load."""
+    return replica.failed is None, replica.state == "ready", replica.backlog

@@ -39,6 +39,7 @@ class Register:
         self._members: dict[str, dict[str, Any]] = {}
         self._pools: dict[str, dict[str, Any]] = {}
         self._routers: dict[str, float] = {}
+        self._work: dict[str, dict[str, float]] = {}  # what each router last told of it
         self._heard = time.monotonic()
         self._orphaned = orphaned
         threading.Thread(target=self._watch, daemon=True).start()
@@ -49,28 +50,34 @@ class Register:
 
     def enter(self, router: str, identity: dict[str, str]) -> dict[str, str]:
         """Let a router take part; returns the service's identity, which is the first router's."""
-        if not self._alive() and not self._members:
+        if self._identity is None or (not self._alive() and not self._members):
             self._identity = identity
         if identity == self._identity:
-            self.pulse(router)
-        assert self._identity is not None
+            self._heard = self._routers[router] = time.monotonic()
         return self._identity
 
-    def pulse(self, router: str) -> dict[str, Any]:
-        """Take note that a router is alive; returns all there is to know."""
-        self._heard = self._routers[router] = time.monotonic()  # a known one keeps its place
+    def pulse(self, router: str, work: dict[str, float]) -> dict[str, Any] | None:
+        """Take note that a router is alive, and how many seconds of work it has for each pool.
+
+        Returns all there is to know, or None where it has to enter (again): it was silent for too long, or Ray had to
+        start this actor anew.
+        """
+        if router not in self._alive():
+            return None
+        self._heard = self._routers[router] = time.monotonic()  # it keeps its place
+        self._work[router] = work
+        alive = self._alive()
+        self._work = {name: self._work[name] for name in alive if name in self._work}
         return {
             "epoch": self._epoch,
-            "keeper": self._alive()[0],
+            "keeper": alive[0],
             "members": self._members,
             "pools": self._pools,
+            "work": {pool: sum(each.get(pool, 0.0) for each in self._work.values()) for pool in self._pools},
         }
 
-    def restore(
-        self, identity: dict[str, str], members: dict[str, dict[str, Any]], pools: dict[str, dict[str, Any]]
-    ) -> None:
-        """Learn again from a router what was known before Ray had to start this actor anew."""
-        self._identity = self._identity or identity
+    def restore(self, members: dict[str, dict[str, Any]], pools: dict[str, dict[str, Any]]) -> None:
+        """Learn again from a router what was known before, and is not any more."""
         self._members = {**members, **self._members}
         self._pools = {**pools, **self._pools}
 
@@ -87,19 +94,28 @@ class Register:
         self._pools.update(pools)
 
     def scale(self, pool: str, target: int, *, fixed: bool = True) -> None:
-        """Set how many replicas a pool is to have; where that is `fixed`, for good."""
-        bounds = {"least": target, "most": target} if fixed else {}
-        self._pools[pool].update(target=target, **bounds)
+        """Set how many replicas a pool is to have; where that is `fixed`, for good, and else within its bounds."""
+        mine = self._pools[pool]
+        if fixed:
+            mine.update(least=target, most=target)
+        mine["target"] = min(max(target, mine["least"]), mine["most"])
 
     def add(self, name: str, pool: str, *, joined: bool = False) -> None:
         """Enter a replica under the name of its actor; one that `joined` counts to no pool's number."""
         self._members[name] = {"pool": pool, "joined": joined, "draining": False}
 
-    def drain(self, name: str) -> bool:
-        """Ask that a replica be given nothing more; returns False where there is none of that name."""
-        if name in self._members:
-            self._members[name]["draining"] = True
-        return name in self._members
+    def drain(self, name: str, *, shrink: bool = False) -> None:
+        """Ask that a replica be given nothing more; where its pool is to `shrink` by it, that is done in the same breath.
+
+        Does nothing where it is drained already, or gone.
+        """
+        member = self._members.get(name)
+        if member is None or member["draining"]:
+            return
+        member["draining"] = True
+        pool = self._pools.get(member["pool"])
+        if shrink and pool is not None and not member["joined"]:
+            self.scale(member["pool"], max(0, pool["target"] - 1))
 
     def remove(self, name: str) -> None:
         """Strike a replica out."""
@@ -148,10 +164,19 @@ def open_register(router: str, identity: dict[str, str], *, orphaned: float = OR
     register = actor.options(name=REGISTER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True).remote(
         orphaned
     )
-    theirs = ray.get(register.enter.remote(router, identity))
+    enter(register, router, identity)
+    return register
+
+
+def enter(register: Any, router: str, identity: dict[str, str], timeout: float | None = None) -> None:
+    """Let a router take part in the cluster's service.
+
+    Raises:
+        ReplicaRefusedError: the cluster serves another model, or with another version.
+    """
+    theirs = ray.get(register.enter.remote(router, identity), timeout=timeout)
     if theirs != identity:
         raise ReplicaRefusedError(difference(identity, theirs))
-    return register
 
 
 def find_register() -> Any:

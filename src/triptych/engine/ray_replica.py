@@ -18,6 +18,7 @@ from ray.exceptions import RayTaskError
 
 from triptych.engine.inbox import Order, send
 from triptych.engine.local import SLOTS
+from triptych.engine.ray_register import NAMESPACE
 from triptych.engine.replica import Replica, Ticket
 from triptych.engine.router import Router
 from triptych.roles import RoleType, parse_roles
@@ -62,7 +63,8 @@ class RayReplica(Replica):
         self.told: dict[str, Any] = {}
         self.asked: float | None = None  # when it was asked for a sign of life that has not come yet
         self.busy = time.monotonic()  # when it last had work
-        self.failure: BaseException | None = None  # why it will never be ready
+        self.failure: BaseException | None = None  # why it will never be ready, where that is known here
+        self.failed: float | None = None  # since when it is known that it will never be
         self.losses = 0  # times it died or hung
         self._loading = False  # whether the process that it has now has given a sign of life, but has not loaded
         self._quiet = 0  # signs of life since it was to be given nothing more, in which it had nothing
@@ -72,7 +74,7 @@ class RayReplica(Replica):
     def start(self, ticket: Ticket, payload: Any) -> None:
         order = Order(ticket.name) if payload is None else self._order(ticket)  # else its state brings the order
         if ticket.expected and payload is not None:
-            self.actor.hand.remote(order, payload)
+            self._when_there(self.actor.hand.remote(order, payload), "handed", ticket)
             return
         if self._is_here and isinstance(payload, np.ndarray):  # Ray brings it too: what comes first counts
             send(order, payload.data, wait=False)
@@ -97,9 +99,9 @@ class RayReplica(Replica):
         self.actor.cancel.remote(ticket.name)
 
     def ask(self) -> None:
-        """Ask for a sign of life."""
-        self.asked = time.monotonic()
-        self._when_there(self.actor.beat.remote(), "told", self.asked)
+        """Ask for a sign of life, and say which tickets are still wanted."""
+        self.asked = asked = time.monotonic()
+        self._when_there(self.actor.beat.remote([ticket.name for ticket in self.tickets]), "told", asked)
 
     def hear(self, router: Router, future: Future[Any], asked: float) -> None:
         """Take note of the sign of life that was asked for then, or of Ray's error in its place."""
@@ -128,6 +130,11 @@ class RayReplica(Replica):
             self._give_up(getattr(error, "cause", error))
         elif self._loading:
             self._lose_loading()
+        elif self.state == "starting":
+            try:
+                ray.get_actor(self.name, namespace=NAMESPACE)
+            except ValueError:  # Ray starts it no more: another router has given it up, or the keeper has ended it
+                self.failed = time.monotonic()
 
     def _lose_loading(self) -> None:
         """Take note that its process died before it had loaded; Ray starts another one."""
@@ -139,8 +146,8 @@ class RayReplica(Replica):
             self._give_up(RuntimeError(problem))
 
     def _give_up(self, error: BaseException) -> None:
-        """Take note that it will never be ready."""
-        self.failure = error
+        """Take note that it will never be ready; whoever keeps the pools replaces it."""
+        self.failure, self.failed = error, time.monotonic()
         log.error("replica %s cannot start: %s", self.name, error)
         ray.kill(self.actor, no_restart=True)
 
@@ -148,6 +155,8 @@ class RayReplica(Replica):
         """Take note of how far its tickets are, and how many it takes at a time."""
         self.told.update(beat["replica"])
         self.slots.update({RoleType(role): many for role, many in beat["replica"]["slots"].items()})
+        if beat["replica"]["busy"]:  # with work of any router
+            self.busy = time.monotonic()
         self._quiet = self._quiet + 1 if self.draining and not beat["replica"]["busy"] else 0
         for ticket in [each for each in self.tickets if each.after is None]:
             step = beat["progress"].get(ticket.name)
@@ -172,7 +181,8 @@ class RayReplica(Replica):
     @property
     def silent(self) -> float:
         """Seconds since it was asked for a sign of life that has not come yet."""
-        return 0.0 if self.asked is None else time.monotonic() - self.asked
+        asked = self.asked  # read once: the answer may come meanwhile, in another thread
+        return 0.0 if asked is None else time.monotonic() - asked
 
     def hangs(self) -> bool:
         """Return whether its process has given no sign of life for too long."""

@@ -123,7 +123,11 @@ def main() -> None:
         try:
             answer = do(data)
         except Exception as error:  # noqa: BLE001 (told to the leader, which knows whose fault it is)
+            from triptych.runtime.streams import is_broken
+
             link.send(Kind.FAILED, json.dumps(to_text(error)).encode())
+            if is_broken(error):
+                os._exit(1)  # the leader starts all ranks anew
         else:
             link.send(done, answer)
 

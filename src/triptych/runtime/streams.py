@@ -36,6 +36,11 @@ def wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def is_broken(error: BaseException) -> bool:
+    """Return whether an error says that a device has failed its process: nothing works there any more."""
+    return isinstance(error, getattr(torch, "AcceleratorError", ()))  # PyTorch has it from 2.8 on
+
+
 def wait_for(values: Any) -> None:
     """Wait until tensors that this thread computed are there, so that lanes, which have other streams, may read them."""
     for device in {each.device for each in tree_leaves(values) if isinstance(each, torch.Tensor) and each.is_cuda}:

@@ -1,0 +1,282 @@
+"""The pools of a service: what the register knows, and what a router that keeps them does."""
+
+import os
+import queue
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import triptych
+import triptych.engine  # before ray: it asks for Ray's authentication
+
+import ray  # isort: skip
+from triptych.engine import ray_pools
+from triptych.engine.inbox import Order
+from triptych.engine.job import Job
+from triptych.engine.pools import parse_pools
+from triptych.engine.ray_cluster import connect
+from triptych.engine.ray_pools import SCALE_AFTER, PoolKeeper
+from triptych.engine.ray_register import NAMESPACE, REGISTER, SILENT, Register
+from triptych.engine.ray_replica import RayReplica
+from triptych.engine.replica import Handover
+from triptych.engine.router import Router
+from triptych.errors import ReplicaRefusedError
+from triptych.roles import RoleType
+
+IDENTITY = {"fingerprint": "one"}
+
+
+class Keeper(PoolKeeper):
+    """A router's keeper as an engine has one, but it looks when the test says so."""
+
+    def __init__(self, identity: dict[str, str] = IDENTITY) -> None:
+        self.router = Router(lambda handover: handover.payload)
+        self._happened: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        super().__init__(self.router, identity, lambda ticket: Order(ticket.name), lambda *it: self._happened.put(it))
+
+    def serve(self, pools: str) -> None:
+        """Declare pools of a model that is not there."""
+        options: dict[str, Any] = {"acceleration": {}, "device": "cpu"}
+        self.declare(parse_pools(pools), {}, source="/nowhere", options=options, threads=1)
+
+    def look(self) -> None:
+        self.pulse()
+        while not self._happened.empty():
+            _, replica, future, *details = self._happened.get()
+            replica.hear(self.router, future, *details)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        root = str(Path(triptych.__file__).parents[1])  # workers import this test's `triptych`, wherever it lies
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))))
+        connect(None)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture
+def enter(cluster: None) -> Iterator[Callable[..., Keeper]]:
+    """`enter() -> Keeper`: of a router more in a service that ends with the test."""
+    entered = list[Keeper]()
+
+    def make(**identity: str) -> Keeper:
+        entered.append(Keeper(identity or IDENTITY))
+        return entered[-1]
+
+    yield make
+    for each in entered:
+        each.leave()
+    ray.kill(ray.get_actor(REGISTER, namespace=NAMESPACE))
+    while REGISTER in {each["name"] for each in ray.util.list_named_actors(all_namespaces=True)}:
+        time.sleep(0.05)
+
+
+def replica(name: str = "one") -> RayReplica:
+    return RayReplica(name, "denoiser", None, lambda ticket: Order(ticket.name), lambda *_: None)
+
+
+def register_of(target: int, *members: str) -> Register:
+    register = Register()
+    register.declare({"denoiser": {"least": 1, "most": 4, "target": target, "arguments": {}}})
+    for name in members:
+        register.add(name, "denoiser")
+    return register
+
+
+def told(register: Register) -> dict[str, Any]:
+    register.enter("a router", IDENTITY)
+    known = register.pulse("a router", {})
+    assert known is not None
+    return known
+
+
+def test_a_pool_shrinks_by_each_replica_that_is_drained_and_only_once() -> None:
+    register = register_of(3, "a", "b", "c")
+    for name in ("a", "a", "b", "nobody"):
+        register.drain(name, shrink=True)
+    assert told(register)["pools"]["denoiser"] | {"arguments": None} == {
+        "least": 1, "most": 1, "target": 1, "arguments": None,
+    }  # fmt: skip
+    assert [name for name, member in register.members().items() if member["draining"]] == ["a", "b"]
+
+
+def test_a_pool_does_not_shrink_by_what_is_surplus_or_joined_from_outside() -> None:
+    register = register_of(2, "a", "surplus")
+    register.add("joined", "denoiser", joined=True)
+    register.drain("surplus")
+    register.drain("surplus", shrink=True)
+    register.drain("joined", shrink=True)
+    assert told(register)["pools"]["denoiser"]["target"] == 2
+
+
+def test_a_pool_that_was_set_for_good_is_not_scaled_by_who_did_not_know_it_yet() -> None:
+    register = register_of(2)
+    register.scale("denoiser", 2)
+    register.scale("denoiser", 1, fixed=False)
+    assert told(register)["pools"]["denoiser"]["target"] == 2
+
+
+def test_the_register_counts_the_work_of_all_routers_that_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    register = register_of(1)
+    for router in "ab":
+        register.enter(router, IDENTITY)
+    register.pulse("a", {"denoiser": 2.0})
+    known = register.pulse("b", {"denoiser": 3.0, "gone": 1.0})
+    assert known is not None
+    assert known["work"] == {"denoiser": 5.0}
+    monkeypatch.setattr("triptych.engine.ray_register.SILENT", -1.0)
+    assert register.pulse("a", {}) is None, "it was silent, and has to enter again"
+
+
+@pytest.mark.parametrize("fault", ["failed", "loading"])
+def test_a_pool_that_shrinks_gives_up_what_does_not_serve(enter: Callable[..., Keeper], fault: str) -> None:
+    keeper = enter()
+    keeper.serve("denoiser=1")
+    serving, other = replica("serving"), replica("other")
+    serving.state = "ready"
+    if fault == "failed":
+        other.failure, other.failed = RuntimeError("out of memory"), time.monotonic()
+    for each in (serving, other):
+        each.asked = time.monotonic()
+        keeper.replicas[each.name] = each
+        ray.get(keeper._register.add.remote(each.name, "denoiser"))
+    keeper.pulse()
+    members = ray.get(keeper._register.members.remote())
+    keeper.replicas.clear()  # there is nothing to end
+    assert {name: member["draining"] for name, member in members.items()} == {"serving": False, "other": True}
+
+
+def test_a_replica_that_is_drained_twice_while_it_finishes_shrinks_its_pool_once(enter: Callable[..., Keeper]) -> None:
+    keeper = enter()
+    keeper.serve("denoiser=2")
+    for each in (replica("one"), replica("two")):
+        each.state, each.asked = "ready", time.monotonic()
+        keeper.replicas[each.name] = each
+        ray.get(keeper._register.add.remote(each.name, "denoiser"))
+    for _ in range(2):
+        keeper.pulse()
+        keeper.drain("one")
+        assert keeper.replicas["one"].draining
+    keeper.pulse()
+    kept = [each.name for each in keeper.replicas.values() if not each.draining]
+    keeper.replicas.clear()  # there is nothing to end
+    assert kept == ["two"]
+    assert keeper.pools["denoiser"]["target"] == 1
+
+
+def test_a_replica_that_cannot_start_is_replaced_ever_later(
+    enter: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pools, "REPLACE", 0.5)
+    keeper = enter()
+    keeper.serve("denoiser=1")
+    met, replaced_after = list[RayReplica](), list[float]()
+    deadline = time.monotonic() + 50
+    while len(replaced_after) < 2:
+        assert time.monotonic() < deadline
+        keeper.look()
+        (now,) = keeper.replicas.values()
+        if now not in met:
+            if met:
+                assert met[-1].failed is not None
+                assert "/nowhere" in str(met[-1].failure)
+                replaced_after.append(time.monotonic() - met[-1].failed)
+            met.append(now)
+        time.sleep(0.05)
+    assert replaced_after[0] > 0.5 and replaced_after[1] > 1.0
+    assert set(ray.get(keeper._register.members.remote())) == {met[-1].name}
+
+
+def test_a_replica_that_another_router_has_given_up_is_replaced(
+    enter: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pools, "REPLACE", 0.0)
+    keeper = enter()
+    keeper.serve("denoiser=1")
+    keeper.look()
+    (first,) = keeper.replicas.values()
+    ray.kill(first.actor, no_restart=True)
+    deadline = time.monotonic() + 20
+    while first in keeper.replicas.values():
+        assert time.monotonic() < deadline
+        keeper.look()
+        time.sleep(0.05)
+    assert first.failure is None
+    assert len(keeper.replicas) == 1
+
+
+def test_requests_that_wait_at_another_router_make_a_pool_grow(enter: Callable[..., Keeper]) -> None:
+    keeper, other = enter(), enter()
+    keeper.serve("denoiser=0..1")
+    other.router.costs.learn(RoleType.DENOISER, 1.0, 2 * SCALE_AFTER)
+    keeper.pulse()
+    other.pulse()
+    other.router.submit(Job(), Handover(RoleType.DENOISER, None), {})
+    keeper.pulse()
+    assert keeper.replicas == {}
+    other.pulse()
+    keeper.pulse()
+    assert len(keeper.replicas) == 1
+
+
+def test_a_replica_with_work_of_another_router_is_not_idle() -> None:
+    mine = replica()
+    beat: dict[str, Any] = {"replica": {"slots": {}, "busy": 0}, "progress": {}, "previews": {}}
+    mine.busy = 0.0
+    mine._note(beat)
+    assert mine.busy == 0.0
+    beat["replica"]["busy"] = 1
+    mine._note(beat)
+    assert time.monotonic() - mine.busy < 5
+
+
+def test_a_router_that_was_silent_while_the_service_ended_begins_it_again(enter: Callable[..., Keeper]) -> None:
+    first, second = enter(), enter()
+    first.serve("denoiser=0..1")
+    first.pulse()
+    second.pulse()
+    pools = second.pools
+    time.sleep(SILENT + 0.5)
+    first.leave()
+    assert ray.get(second._register.identity.remote()) is None
+    second.pulse()
+    assert ray.get(second._register.identity.remote()) == IDENTITY
+    assert second.pools == pools != {}
+    third = enter()
+    third.pulse()
+    assert third.pools == pools
+
+
+def test_a_router_that_was_silent_takes_no_part_in_the_service_of_another_model(enter: Callable[..., Keeper]) -> None:
+    first = enter()
+    first.pulse()
+    time.sleep(SILENT + 0.5)
+    other = enter(fingerprint="two")
+    with pytest.raises(ReplicaRefusedError, match="its fingerprint is 'one', the service's 'two'"):
+        first.pulse()
+    other.pulse()
+    assert ray.get(other._register.identity.remote()) == {"fingerprint": "two"}
+
+
+def test_how_long_a_replica_is_silent_can_be_read_while_its_answer_comes() -> None:
+    class Answered(RayReplica):
+        """Its answer comes as soon as it was looked whether it had."""
+
+        read = 0
+
+        @property  # type: ignore[override]
+        def asked(self) -> float | None:
+            self.read += 1
+            return 1.0 if self.read == 1 else None
+
+        @asked.setter
+        def asked(self, value: float | None) -> None:
+            pass
+
+    mine = Answered("one", "denoiser", None, lambda ticket: Order(ticket.name), lambda *_: None)
+    assert mine.silent > 0
