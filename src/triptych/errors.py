@@ -11,6 +11,9 @@ import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_LONGEST_NAME = 100
+"""Characters of a name that may be a known one misspelt: comparing takes time for each of them."""
+
 
 class TriptychError(Exception):
     """Base of all errors raised on purpose."""
@@ -47,8 +50,10 @@ class UnknownParameterError(UsageError):
 
     def __init__(self, field: str, family: str, known: Iterable[str]) -> None:
         known = sorted(known)
-        hint = did_you_mean(field, known) or "."
-        super().__init__(f"{family} has no parameter {field!r}{hint} It takes: {', '.join(known)}")
+        told = field if len(field) <= _LONGEST_NAME else f"{field[:_LONGEST_NAME]}..."
+        self.close_match = closest(field, known)
+        hint = f"; did you mean {self.close_match!r}?" if self.close_match else "."
+        super().__init__(f"{family} has no parameter {told!r}{hint} It takes: {', '.join(known)}")
         self.field = field
         self.known = known
 
@@ -168,5 +173,11 @@ def from_text(kind: str, message: str) -> TriptychError:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the closest known name, or nothing."""
-    close = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = closest(name, known)
+    return f"; did you mean {close!r}?" if close else ""
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that another one may have been meant as; None where none is near."""
+    close = get_close_matches(name, list(known), n=1) if len(name) <= _LONGEST_NAME else []
+    return close[0] if close else None

@@ -210,6 +210,11 @@ def test_without_a_model_the_embedded_one_is_taken() -> None:
     assert generate.model_and_prompt(["a red heart"], None) == (embedded.path(), "a red heart")
 
 
+@pytest.mark.parametrize("prompt", ["a red heart " * 22, "a red heart/" * 400, "a\0heart"])
+def test_a_prompt_need_not_be_fit_for_a_path(prompt: str) -> None:
+    assert generate.model_and_prompt([prompt], None) == (embedded.path(), prompt)
+
+
 def test_damaged_weights_are_exit_code_3(headers: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", headers, "a fox", *QUICK]) == 3
     assert "error: " in capsys.readouterr().err

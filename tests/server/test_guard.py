@@ -179,6 +179,47 @@ def test_what_a_foreign_page_makes_a_browser_send_is_403(caller: Caller) -> None
     assert caller.get("/v1/status", headers={"Origin": "https://evil.example"}).status_code == 200
 
 
+HOSTS = {
+    "localhost": 200, "LOCALHOST:1": 200, "127.0.0.1": 200, "127.8.9.1:80": 200, "[::1]": 200, "[::1]:8000": 200,
+    "evil.example": 403, "evil.example:8000": 403, "localhost.evil.example": 403, "127.0.0.1.evil.example": 403,
+    "10.0.0.1": 403, "0.0.0.0": 403, "[::1": 403, "": 403,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("host", "status"), HOSTS.items())
+def test_without_a_key_loopback_is_only_for_those_who_ask_for_this_machine(
+    keyless: Caller, host: str, status: int
+) -> None:
+    response = keyless.get("/v1/status", headers={"Host": host})
+    assert response.status_code == status
+    if status == 403:
+        assert told(response, 403)["code"] == "foreign_host"
+        assert "takes only requests to localhost or 127.0.0.1" in told(response, 403)["message"]
+        sent = {"parameters": QUICK}
+        assert keyless.post("/v1/requests", json=sent, headers={"Host": host}).status_code == 403
+    assert keyless.get("/health", headers={"Host": host}).status_code == 200, "it tells nothing"
+
+
+@pytest.fixture(scope="module")
+def keyless() -> Iterator[Caller]:
+    """A server as `triptych serve` makes it."""
+    with guarded(Access().listening_on("127.0.0.1")) as caller:
+        yield caller
+
+
+def test_a_server_may_be_asked_for_by_the_name_that_it_listens_on() -> None:
+    with guarded(Access(host="Studio.Internal")) as caller:
+        for host, status in (("studio.internal:8000", 200), ("localhost", 200), ("internal", 403)):
+            assert caller.get("/v1/status", headers={"Host": host}).status_code == status
+
+
+def test_with_a_key_or_beyond_this_machine_any_name_will_do(keys: dict[str, tuple[str, Key]]) -> None:
+    secret, key = keys["all"]
+    for access in (Access((key,)).listening_on("127.0.0.1"), Access().listening_on("0.0.0.0")):
+        with guarded(access) as caller:
+            assert caller.get("/v1/status", headers={"Host": "x.example", **bearer(secret)}).status_code == 200
+
+
 def test_cors_is_off_unless_an_origin_is_named(caller: Caller) -> None:
     asked = {"Origin": "https://studio.example", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in caller.options("/v1/requests", headers=asked).headers

@@ -125,6 +125,31 @@ def test_a_body_of_another_form_is_400_and_says_what_is_accepted(
     assert words in error["message"]
 
 
+LONG_NAME = "prompt" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/requests", {"parameters": {LONG_NAME: 1}}),
+        ("/v1/requests", {"parameters": {LONG_NAME: {"a": 1}}}),
+        ("/v1/requests", {"parameters": {}, LONG_NAME: 1}),
+        ("/v1/images/generations", {"prompt": "a fox", LONG_NAME: 1}),
+    ],
+    ids=["parameter", "value", "body", "openai"],
+)
+def test_a_long_name_is_neither_compared_nor_sent_back(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr("difflib.SequenceMatcher.set_seq2", lambda _, name: compared.append(name))
+    response = caller.post(path, json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, f"{LONG_NAME[:200]}..."), error["message"]
+    assert len(response.content) < 10_000
+    assert compared == []
+
+
 def test_what_is_sent_as_an_image_is_what_the_model_sees(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     submit = engine().submit

@@ -1,6 +1,7 @@
 """Results: the files that outputs can be had as, and how long they are kept."""
 
 import io
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,9 +80,10 @@ def test_results_that_are_not_there_are_told_apart(caller: Caller) -> None:
 
 def test_finished_requests_beyond_the_count_are_forgotten_oldest_first(serve: Callable[..., Caller]) -> None:
     caller = serve(Limits(kept=2))
-    requests = [caller.submit(QUICK) for _ in range(4)]
-    for each in requests[-2:]:
-        caller.until(each, lambda status: status.get("status") == "done")
+    requests = []
+    for _ in range(4):  # one after another: those that wait together may end in any order
+        requests.append(caller.submit(QUICK))
+        caller.wait(requests[-1])
     end = time.monotonic() + 10
     while len(files(caller.service.records.spool)) > 2 and time.monotonic() < end:
         time.sleep(0.02)
@@ -177,6 +179,53 @@ def test_a_result_that_is_dropped_while_its_file_is_made_leaves_nothing(monkeypa
     with pytest.raises(FileNotFoundError):
         spool.file("req_1", 0, 2, ".gif")
     assert (files(spool), spool.nbytes) == ([], 0)
+    spool.close()
+
+
+def test_a_lasting_result_that_is_dropped_while_it_is_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = Spool(10**9, tmp_path)
+    save = Result.save
+
+    def dropped_meanwhile(self: Result, path: Path) -> list[Path]:
+        spool.release("video_1")
+        spool.erase("video_1")
+        return save(self, path)
+
+    monkeypatch.setattr(Result, "save", dropped_meanwhile)
+    one = Result(seed=1, frames=video().frames[:1], fps=8.0)  # type: ignore[index]
+    spool.put_video("video_1", one, lasting=True)
+    spool.release("video_1")  # as whoever asked for it finds that nobody does any more
+    spool.erase("video_1")
+    assert (list(tmp_path.iterdir()), files(spool), spool.nbytes) == ([], [], 0)
+    spool.close()
+
+
+def test_videos_that_last_are_on_disk_before_they_are_told_of_and_nothing_else_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(opened: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{opened}").readlink().relative_to(tmp_path)))
+        fsync(opened)
+
+    monkeypatch.setattr(os, "fsync", note)
+    spool = Spool(10**9, tmp_path)
+    one = Result(seed=1, frames=video().frames[:1], fps=8.0)  # type: ignore[index]
+    spool.put("req_1", one, lasting=True)
+    assert synced == [".req_1.partial/result.safetensors", ".req_1.partial", "."]
+    synced.clear()
+    spool.put_video("video_1", one, lasting=True)
+    files_of_it = {f".video_1.partial/{name}" for name in ("output.mp4", "thumbnail.webp")}
+    assert (set(synced[:2]), synced[2:]) == (files_of_it, [".video_1.partial", "."])
+    synced.clear()
+    spool.put("req_2", one)
+    spool.put_video("video_2", one, lasting=False)
+    spool.put("req_3", Result(seed=1, images=[Image.new("RGB", (8, 8))]), lasting=True)
+    assert synced == []
     spool.close()
 
 

@@ -54,6 +54,7 @@ def test_a_term_signal_finishes_what_runs_and_takes_nothing_new(tmp_path: Path) 
     with process(tmp_path) as started:
         with httpx.Client(base_url=ready(started), timeout=30) as caller:
             assert caller.get("/ready").status_code == 200
+            assert caller.get("/v1/status", headers={"Host": "evil.example"}).status_code == 403
             assert len(level(tmp_path)) == 1
             steps = {**QUICK, "num_inference_steps": 8}
             request = caller.post("/v1/requests", json={"parameters": steps}).json()

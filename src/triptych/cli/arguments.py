@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os.path
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ def model_and_prompt(arguments: list[str], model: str | None) -> tuple[str | Pat
         raise UsageError(f"the prompt is missing; {example}")
     if len(arguments) == 2:
         return arguments[0], arguments[1]
-    if model is None and Path(arguments[0], "model_index.json").is_file():
+    # Not `Path.is_file`: it raises for what is too long to be a path, as prompts may be.
+    if model is None and os.path.isfile(os.path.join(arguments[0], "model_index.json")):
         raise UsageError(f"{arguments[0]} is a model, and the prompt is missing; {example}")
     return embedded.path() if model is None else model, arguments[0]
 

@@ -6,7 +6,8 @@ import ipaddress
 import logging
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -37,15 +38,25 @@ class Access:
     Attributes:
         keys: one of them has to come with every request; with none, nobody is asked.
         origins: sites whose pages may use the server from a browser (CORS); `*` for all.
+        host: what requests have to be addressed to, if not to a loopback address; with None that is not looked at.
     """
 
     keys: tuple[Key, ...] = ()
     origins: tuple[str, ...] = ()
+    host: str | None = None
 
     def __post_init__(self) -> None:
         for origin in self.origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise UsageError(f"--cors-origin {origin!r}: https://host[:port] is accepted, without a path, or *")
+
+    def listening_on(self, host: str) -> Self:
+        """Return the access to a server that listens there.
+
+        What only this machine reaches is open without a key, and so to every page that its browsers show, if the page's
+        site lets its name lead to 127.0.0.1 (DNS rebinding): to a browser the server is then that site. `Host` tells.
+        """
+        return replace(self, host=host if not self.keys and is_loopback(host) else None)
 
 
 class Guard:
@@ -65,7 +76,15 @@ class Guard:
         if scope["method"] not in SAFE and self._foreign(headers):
             words = "this server takes no requests from pages of other sites; --cors-origin allows those of one"
             return refuse(403, words, "foreign_origin")
-        if not self.access.keys or path in OPEN or path.startswith(OPEN_BELOW):
+        if path in OPEN or path.startswith(OPEN_BELOW):
+            return None
+        if self.access.host is not None and not _names(headers.get("host", ""), self.access.host):
+            words = (
+                f"this server has no keys, so it takes only requests to localhost or {self.access.host}: a page of "
+                "another site can make its own name lead here; --api-key lets requests to any name in"
+            )
+            return refuse(403, words, "foreign_host")
+        if not self.access.keys:
             return None
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not given.strip():
@@ -118,6 +137,20 @@ def check_exposure(host: str, access: Access, *, encrypted: bool, insecure: bool
         log.warning("listening on %s without a key: whoever reaches this address can use the server", host)
     elif not encrypted:
         log.warning("keys cross the network in clear text: use --ssl-certfile, or something in front that encrypts")
+
+
+def _names(header: str, host: str) -> bool:
+    """Return whether a `Host` header is of this machine: `localhost`, a loopback address, or the given name."""
+    try:
+        name = urlsplit(f"//{header}").hostname or ""
+    except ValueError:  # it is no name at all
+        return False
+    if name in ("localhost", host.lower()):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def is_loopback(host: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from triptych.errors import (
@@ -20,7 +19,7 @@ from triptych.errors import (
 )
 
 _LONGEST = 200
-"""Characters of a refused value that are sent back."""
+"""Characters of a refused name or value that are sent back."""
 _LONGEST_MESSAGE = 4000
 """Characters."""
 _LONGEST_WAIT = 600.0
@@ -93,17 +92,16 @@ def problem_of(error: Exception) -> Problem:
     headers = {}
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(math.ceil(_wait(error)))
-    if len(message) > _LONGEST_MESSAGE:  # it may repeat what was sent
-        message = f"{message[:_LONGEST_MESSAGE]}..."
-    return Problem(status, code, message, _details(error), headers)
+    return Problem(status, code, _sendable(message, _LONGEST_MESSAGE), _details(error), headers)
 
 
 def _details(error: Exception) -> dict[str, Any]:
     if isinstance(error, UnknownParameterError):
-        close = get_close_matches(error.field, error.known, n=1)
-        return {"field": error.field, "accepted": error.known, "close_match": close[0] if close else None}
+        field = _sendable(error.field, _LONGEST)
+        return {"field": field, "accepted": error.known, "close_match": error.close_match}
     if isinstance(error, ParameterError):
-        return {"field": error.field, "value": _plain(error.value), "accepted": error.accepted}
+        field = _sendable(error.field, _LONGEST)
+        return {"field": field, "value": _plain(error.value), "accepted": error.accepted}
     if isinstance(error, OverloadedError):
         return {"waiting": error.waiting, "retry_after": _wait(error)}
     if isinstance(error, RequestLostError):
@@ -120,5 +118,10 @@ def _plain(value: object) -> object:
     """Return a refused value as it may be sent back: itself where it is short and plain, else its beginning as text."""
     if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return _sendable(value if isinstance(value, str) else repr(value), _LONGEST)
+
+
+def _sendable(text: str, longest: int) -> str:
+    """Return the beginning of a text that may repeat what was sent, in characters that UTF-8 has."""
+    text = text if len(text) <= longest else f"{text[:longest]}..."
+    return text.encode(errors="backslashreplace").decode()

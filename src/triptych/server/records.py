@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -229,16 +230,19 @@ class Records:
             record.publish(event)
 
     async def _note(self, record: Record, event: Event, problem: Problem | None = None) -> None:
-        """Have the job store know."""
+        """Have the job store know. Where it cannot, its caller is told all the same, and the next server starts over."""
         if self.store is None:
             return
-        if event.kind == "started":
-            await to_thread.run_sync(self.store.started, record.id)
-            return
-        error = None if problem is None else asdict(problem)
-        precious = record.makes == "videos"
-        ended = partial(self.store.ended, record.id, event.kind, when=event.time, error=error, precious=precious)
-        await to_thread.run_sync(partial(ended, outputs=record.outputs, timings=record.timings))
+        note = partial(self.store.started, record.id)
+        if event.kind != "started":
+            error = None if problem is None else asdict(problem)
+            precious = record.makes == "videos"
+            note = partial(self.store.ended, record.id, event.kind, when=event.time, error=error, precious=precious)
+            note = partial(note, outputs=record.outputs, timings=record.timings)
+        try:
+            await to_thread.run_sync(note)
+        except (OSError, sqlite3.Error) as failure:
+            log.error("%s: the job store cannot note that it is %s: %s", record.id, event.kind, failure)
 
     async def _keep(self, record: Record, job: Job, event: Event) -> None:
         """Bring a result to the disk, then let its caller know."""

@@ -59,6 +59,7 @@ def serve(
     """
     service = Service(limits, store=store)
     try:
+        access = (access or Access()).listening_on(host)
         with Front(create_app(service, access), host, port, tls) as front:
             engine = build()
             try:

@@ -56,7 +56,7 @@ class Spool:
 
         data = wire.pack(vars(result), {})
         self._check(len(data))
-        with self._filling(name, lasting=lasting) as folder:
+        with self._filling(name, lasting=lasting, to_disk=lasting and result.frames is not None) as folder:
             (folder / _RESULT).write_bytes(data)
 
     def put_files(self, name: str, suffix: str, files: Sequence[bytes], *, lasting: bool = False) -> None:
@@ -81,17 +81,16 @@ class Spool:
             UsageError: it is not one video.
             OSError: the disk is full.
         """
-        with self._filling(name, lasting=lasting) as folder:
+        with self._filling(name, lasting=lasting, to_disk=lasting) as folder:
             if len(result.save(folder / "output.mp4")) != 1:
                 raise UsageError("one video is kept, not several")
             _save_thumbnail(result, folder / _THUMBNAIL)
-            for each in folder.iterdir():
-                _to_disk(each)
-        _to_disk(self._folder(name).parent)
 
     @contextmanager
-    def _filling(self, name: str, *, lasting: bool) -> Iterator[Path]:
+    def _filling(self, name: str, *, lasting: bool, to_disk: bool = False) -> Iterator[Path]:
         """Yield a folder for a result's files, which is in its place, and counted, once they are all there.
+
+        With `to_disk` it is there even after a power failure: the job store says so of videos.
 
         Raises:
             SpoolError: they are too large.
@@ -108,9 +107,14 @@ class Spool:
             yield partial
             size = sum(each.stat().st_size for each in partial.iterdir())
             self._check(size)
+            for each in (*partial.iterdir(), partial) if to_disk else ():
+                _to_disk(each)
             os.replace(partial, folder)
+            if to_disk:
+                _to_disk(folder.parent)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            for unfinished in (partial, folder):
+                shutil.rmtree(unfinished, ignore_errors=True)
             raise
         with self._lock:
             self._sizes[name] = size
@@ -154,8 +158,10 @@ class Spool:
             self.nbytes -= self._sizes.pop(name, 0)
 
     def erase(self, name: str) -> None:
-        """Remove the files of a result."""
-        shutil.rmtree(self._folder(name), ignore_errors=True)
+        """Remove the files of a result; a second time too, where they came to be after the first."""
+        for parent in (Path(self._temporary.name), self.lasting):
+            if parent is not None:
+                shutil.rmtree(parent / name, ignore_errors=True)
         self._lasting.discard(name)
 
     def close(self) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from triptych.errors import ParameterError, UsageError
+from triptych.errors import ParameterError, UsageError, closest
 from triptych.request import Request, draw_seed
 from triptych.server.limits import Limits
 
@@ -27,6 +27,10 @@ PICTURE = re.compile(r"(^|_)image$")
 TENSOR = re.compile(r"(^video|latents|embeds|mask|token_ids|token_image_ids|grid_thw)(_\d+)?$")
 """Names of parameters that HTTP does not carry."""
 _LARGEST = 2**64  # beyond it no parameter has a meaning, and floats end somewhere
+_COUNTS = ("num_frames", "layers", "num_images_per_prompt", "num_videos_per_prompt")
+"""Parameters that say how many pictures of one size a request asks for: their product."""
+_USUAL_AREA = 2**20
+"""Pixels that a picture is taken to have where its size follows from one that was given: models work near it."""
 _DATA_URL = re.compile(r"data:[^,]*;base64,")
 
 
@@ -83,12 +87,14 @@ def request_of(submission: Submission, limits: Limits) -> Request:
         raise ParameterError("output_type", "latent", "one of pil, np, pt is accepted: latents are no file")
     for name, most, what in (
         ("num_inference_steps", limits.steps, "steps"),
+        ("pyramid_num_inference_steps_list", limits.steps, "steps"),
         ("max_sequence_length", limits.tokens, "tokens"),
         ("num_images_per_prompt", limits.images, "pictures"),
         ("num_videos_per_prompt", limits.images, "videos"),
     ):
         value = values.get(name)
-        if isinstance(value, (int, float)) and value > most:
+        asked = sum(each for each in value if isinstance(each, (int, float))) if isinstance(value, list) else value
+        if isinstance(asked, (int, float)) and asked > most:
             raise ParameterError(name, value, f"at most {most} {what} are accepted")
     if values.get("exact") is None:
         values["exact"] = False
@@ -105,16 +111,19 @@ def check_outputs(settled: Mapping[str, Any], limits: Limits) -> None:
     Raises:
         ParameterError: it is.
     """
-    pixels, sizes = 1, []
-    for name in ("width", "height", "num_frames", "layers", "num_images_per_prompt", "num_videos_per_prompt"):
-        if isinstance(count := settled.get(name), int) and count > 0:
-            pixels *= count
-            sizes.append(f"{name}={count}")
+    sized = bool(settled.get("width") and settled.get("height"))
+    # A model that decides itself over the frames makes as many as it may.
+    length = ("max_seconds", "frame_rate") if settled.get("num_frames") is None else ()
+    factors: dict[str, float] = {}
+    for name in (*(("width", "height") if sized else ()), *_COUNTS, *length):
+        if isinstance(factor := settled.get(name), (int, float)) and factor > 0:
+            factors[name] = factor
     most = limits.video_pixels if "num_frames" in settled else limits.pixels
-    if settled.get("width") and settled.get("height") and pixels > most:
-        raise ParameterError(
-            "width", settled["width"], f"{', '.join(sizes)}: at most {most} pixels in all are accepted"
-        )
+    if factors and math.prod(factors.values()) * (1 if sized else _USUAL_AREA) > most:
+        largest = max(factors, key=lambda name: factors[name])
+        asked = ", ".join(f"{name}={factor}" for name, factor in factors.items())
+        each = "" if sized else f", each of some {_USUAL_AREA} pixels"
+        raise ParameterError(largest, factors[largest], f"{asked}{each}: at most {most} pixels in all are accepted")
 
 
 class _Pictures:
@@ -182,8 +191,8 @@ def _explained(error: ValidationError) -> UsageError:
             f'the body is not what is accepted, as in {{"parameters": {{"prompt": ...}}}}: {first["msg"]}'
         )
     if first["type"] == "extra_forbidden":
-        close = get_close_matches(name, Submission.model_fields, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "a request's parameters go under 'parameters'"
+        close = closest(name, Submission.model_fields)
+        hint = f"did you mean {close!r}?" if close else "a request's parameters go under 'parameters'"
         return ParameterError(
             name, first["input"], f"the body has only 'parameters', 'previews' and 'deadline'; {hint}"
         )

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -236,6 +237,13 @@ def test_what_is_not_accepted_is_refused_by_name_in_the_clients_form(
     error = response.json()["error"]
     assert error["param"] == param and hint in error["message"]
     assert isinstance(error["type"], str) and isinstance(error["code"], str)
+
+
+@pytest.mark.parametrize("field", ["prompt", "user", "safety_identifier"])
+def test_half_a_character_is_refused_by_name(caller: Caller, field: str) -> None:
+    body = json.dumps({"prompt": "a fox", "num_inference_steps": 1, field: "a \ud800"}).encode()
+    response = caller.post("/v1/images/generations", content=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field), response.text
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:

@@ -218,6 +218,50 @@ def test_bodies_that_are_none_are_refused(filmer: Client, headers: dict[str, str
     assert response.json()["error"]["message"]
 
 
+HALF = "\ud800"
+"""Of a surrogate pair."""
+TOLD = r"\ud800"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": f"a {HALF} fox"}, "prompt"),
+        ({"user": HALF}, "user"),
+        ({"lora": [{"path": HALF}]}, "lora"),
+    ],
+    ids=["text", "own", "nested"],
+)
+def test_text_that_no_answer_could_repeat_is_refused_by_name(
+    filmer: Client, fields: dict[str, Any], param: str
+) -> None:
+    body = json.dumps({"prompt": "a fox", "size": SMALL, **QUICK, **fields})
+    refused_for_half(filmer, param, content=body.encode())
+
+
+def test_a_name_that_no_answer_could_repeat_is_unknown(filmer: Client) -> None:
+    response = httpx.post(f"{filmer.root}/v1/videos", content=json.dumps({"prompt": "a fox", HALF: 1}).encode())
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, TOLD, "unknown_parameter"), error
+
+
+@pytest.mark.parametrize("field", ["prompt=a +2AA- fox", 'lora=["+AFw-ud800"]'])
+def test_a_form_cannot_bring_it_either(filmer: Client, field: str) -> None:
+    name, _, text = field.partition("=")
+    fields = {"prompt": "a fox", "size": SMALL, **QUICK, name: text}
+    parts = [f'--x\r\nContent-Disposition: form-data; name="{each}"\r\n\r\n{fields[each]}\r\n' for each in fields]
+    kind = "multipart/form-data; charset=utf-7; boundary=x"  # of which halves can be made
+    refused_for_half(filmer, name, content="".join([*parts, "--x--"]).encode(), headers={"content-type": kind})
+
+
+def refused_for_half(filmer: Client, param: str, **sent: Any) -> None:
+    response = httpx.post(f"{filmer.root}/v1/videos", **sent)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["value"]) == (400, param, TOLD), error
+    assert "whole characters are accepted" in error["message"]
+    assert httpx.get(f"{filmer.root}/v1/videos").status_code == 200
+
+
 def test_bodies_are_bounded(film: Callable[..., Client], wan: Engine) -> None:
     client = film(wan, Limits(body=10_000))
     assert post(client, negative_prompt="a" * 20_000).status_code == 413

@@ -17,6 +17,8 @@ from triptych.server.problems import Refusal
 _FIELDS = 128
 """Of one form."""
 _SIZE = re.compile(r"(\d{1,5})\s*[xX]\s*(\d{1,5})")
+_HALF = re.compile(r"[\ud800-\udfff]")
+"""Of a surrogate pair: JSON may escape it alone, and no answer could repeat it."""
 _NESTED = re.compile(r"([^\[\]]+)\[([^\[\]]*)\]")
 
 
@@ -109,10 +111,14 @@ def add_size(given: dict[str, Any], size: object, example: str) -> None:
     given["width"], given["height"] = int(found[1]), int(found[2])
 
 
-def settle_texts(fields: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
-    """Return a form's fields with those that are numbers, flags or lists (by their `kinds`) read as JSON."""
+def settle(fields: Fields, kinds: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields of a body; those of a form that are numbers, flags or lists (by their `kinds`) read as JSON.
+
+    Raises:
+        ParameterError: one holds text that no answer could repeat.
+    """
     settled = dict(fields)
-    for name, value in fields.items():
+    for name, value in fields.items() if fields.texts else ():
         kind = kinds.get(name)
         if kind in (None, "text", "image", "images"):
             continue
@@ -120,6 +126,7 @@ def settle_texts(fields: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[st
             settled[name] = _plain(value)
         elif isinstance(value, list):
             settled[name] = [_plain(each) if isinstance(each, str) else each for each in value]
+    _check_texts(settled)
     return settled
 
 
@@ -130,3 +137,20 @@ def _plain(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text  # whoever checks the value says what is accepted
+
+
+def _check_texts(fields: Mapping[str, Any]) -> None:
+    """Make sure that all texts, names included, can be written in UTF-8.
+
+    Raises:
+        ParameterError: one cannot.
+    """
+    for name, value in fields.items():
+        parts = [name, value]
+        for part in parts:  # of which there come more
+            if isinstance(part, dict):
+                parts += [*part, *part.values()]
+            elif isinstance(part, list):
+                parts += part
+            elif isinstance(part, str) and not part.isascii() and (half := _HALF.search(part)):
+                raise ParameterError(name, half[0], "whole characters are accepted, and this is half a surrogate pair")

@@ -11,7 +11,7 @@ from triptych.engine.base import Engine
 from triptych.errors import ParameterError, UnknownParameterError
 from triptych.request import Request
 from triptych.server.limits import Limits
-from triptych.server.openai.form import Fields, add_size, settle_texts
+from triptych.server.openai.form import Fields, add_size, settle
 from triptych.server.openai.video_order import check_model
 from triptych.server.parameters import parameters_of
 from triptych.server.problems import Refusal
@@ -104,7 +104,7 @@ def order_of(fields: Fields, engine: Engine, limits: Limits, *, edit: bool) -> I
     for name, value in fields.items():
         if kinds.get(name) not in ("image", "images") and name != "mask" and _has_file(value):
             raise ParameterError(name, "a file", "this is not a file")
-    settled = settle_texts(fields, {**kinds, **OWN}) if fields.texts else dict(fields)
+    settled = settle(fields, {**kinds, **OWN})
     given = {name: value for name, value in settled.items() if value is not None}
     own = {name: given.pop(name, None) for name in OWN}
     if not isinstance(given.get("prompt"), str):

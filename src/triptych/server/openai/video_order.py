@@ -13,13 +13,15 @@ from triptych.errors import ParameterError, UnknownParameterError
 from triptych.request import Request
 from triptych.result import DEFAULT_FPS
 from triptych.server.limits import Limits
-from triptych.server.openai.form import Fields, add_size, settle_texts
+from triptych.server.openai.form import Fields, add_size, settle
 from triptych.server.parameters import parameters_of
 from triptych.server.problems import Refusal
-from triptych.server.submission import Submission, request_of
+from triptych.server.submission import Submission, check_outputs, request_of
 
 OWN = ("model", "size", "seconds", "fps", "input_reference", "user")
 """Fields that are the interface's own, beside the family's parameters."""
+_ASKED_BY = {"width": "size", "height": "size", "num_frames": "seconds", "frame_rate": "fps"}
+"""Parameters that the interface's own fields may stand for."""
 _UNTOLD = frozenset(("num_videos_per_prompt", "num_images_per_prompt"))
 _LONGEST = 600
 """Seconds of a video."""
@@ -59,7 +61,7 @@ def order_of(fields: Fields, engine: Engine, limits: Limits) -> VideoOrder:
     for name in fields:
         if name not in kinds and name not in OWN:
             raise UnknownParameterError(name, told.family, [*kinds, *OWN])
-    given = settle_texts(fields, {**kinds, "fps": "number"}) if fields.texts else dict(fields)
+    given = settle(fields, {**kinds, "fps": "number"})
     given = {name: value for name, value in given.items() if value is not None}
     own = {name: given.pop(name, None) for name in OWN}
     model = check_model(own["model"], told.model)
@@ -73,10 +75,14 @@ def order_of(fields: Fields, engine: Engine, limits: Limits) -> VideoOrder:
         given["num_frames"] = asked
     request = request_of(Submission(parameters=given, deadline=None), limits)
     settled = _admitted(engine, request, snap=asked is not None)
+    try:
+        check_outputs(settled, limits)
+    except ParameterError as error:
+        name = _ASKED_BY.get(error.field, error.field)
+        if own.get(name) is None:
+            raise
+        raise ParameterError(name, own[name], error.accepted) from None
     frames, width, height = (settled.get(name) for name in ("num_frames", "width", "height"))
-    if frames and width and height and frames * width * height > limits.video_pixels:
-        size = f"{frames} frames of {width}x{height}"
-        raise ParameterError("size", size, f"at most {limits.video_pixels} pixels in all frames together are accepted")
     kept = {**given, "seed": request.parameters["seed"], "exact": request.parameters["exact"]}
     if "num_frames" in request.parameters:
         kept["num_frames"] = request.parameters["num_frames"]
