@@ -255,7 +255,7 @@ class Meeting:
         passed, computed = (now - then for now, then in zip(self._now(), began))
         pace.note(rows, computed)
         if self.device.type == "cuda":
-            # Other lanes may have taken some of it: then it is too much, never too little.
+            # Other lanes may have taken some of it, which is too much, or begun a call meanwhile, which is too little.
             peak = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
             pace.bytes = max(pace.bytes, peak / rows)
         for call in calls:
