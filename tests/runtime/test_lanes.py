@@ -249,6 +249,31 @@ def test_forwards_for_which_memory_does_not_suffice_are_not_shared_again(model: 
     assert alive and not any(alive), "what failed is gone before its requests run apart"
 
 
+def test_a_shared_forward_that_fails_after_it_was_asked_for_is_run_apart(
+    model: Model, forwards: Forwards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device, which tells late."""
+    lane, outcomes, failed = StepLane(model, "test", threads=1, budget=LARGE), Outcomes(), list[int]()
+
+    class Late(streams.Stopwatch):
+        def stop(self) -> None:
+            super().stop()
+            if forwards.rows[-1] > 2 and not failed:
+                failed.append(forwards.rows[-1])
+                raise RuntimeError("an illegal address")
+
+    monkeypatch.setattr(streams, "Stopwatch", Late)
+    forwards.open.clear()
+    outcomes.put(lane, "0", encoded(model))
+    assert forwards.entered.wait(10)
+    outcomes.put(lane, "1", encoded(model))
+    forwards.open.set()
+    assert all(isinstance(each, State) for each in outcomes.wait(2).values())
+    lane.close()
+    again = forwards.rows.index(failed[0]) + 1
+    assert forwards.rows[again : again + 2] == [2, 2]
+
+
 @pytest.mark.parametrize("budget", [None, LARGE])
 def test_inputs_that_cannot_be_read_are_the_end_of_their_request_alone(
     model: Model, budget: int | None, forwards: Forwards, monkeypatch: pytest.MonkeyPatch

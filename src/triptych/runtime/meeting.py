@@ -229,12 +229,13 @@ class Meeting:
         try:
             for call, part in zip(calls, run_joined(calls)):
                 call.answer = functools.partial(own, part)
-            self._end(pace, calls, rows, began)
-            return
         except Exception as error:  # noqa: BLE001 (a request must not fail because of those beside it)
             # As text: a record of the log may be kept, and the error would keep what the call has computed.
             log.warning("a shared call failed (%s); its %d run apart", repr(error), len(calls))
             pace.limit = max(1, rows // 2)
+        else:
+            self._end(pace, calls, rows, began)
+            return
         _run_apart(calls)  # not above, where the error still holds what the call has computed
 
     def _begin(self) -> tuple[float, float]:

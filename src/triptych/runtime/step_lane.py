@@ -196,6 +196,7 @@ class StepLane(Lane):
                 return
             # As text: a record of the log may be kept, and the error would keep what the forward has computed.
             log.warning("%s: a shared forward failed (%s); its %d run apart", self.name, repr(error), len(chosen))
+            predictions = None  # they may be there, and yet the device has failed at them
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
                 self.budget = sum(runner.size for runner in chosen) // 2
         if predictions is None:  # not above, where the error still holds what the forward has computed
