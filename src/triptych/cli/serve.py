@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 _HTTP, _LOCAL, _RAY, _RUNNING = "HTTP", "In this process", "On Ray", "Running"  # headings of --help
 
 
+def _gpus(help: str) -> Any:
+    """Return the option of how many GPUs a role's replicas reserve."""
+    return typer.Option(metavar="N", min=0, help=help, rich_help_panel=_RAY)
+
+
 @accelerated
 def serve(
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)] = None,
@@ -150,30 +155,15 @@ def serve(
     ] = None,
     encoder_gpus: Annotated[
         float | None,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="GPUs to reserve for each encoder replica; by default one. Several replicas share one GPU by 0.25 each.",
-            rich_help_panel=_RAY,
-        ),
+        _gpus("GPUs to reserve for each encoder replica; by default one. Several replicas share one GPU by 0.25 each."),
     ] = None,
     denoiser_gpus: Annotated[
         float | None,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="GPUs to reserve for each denoiser replica; by default one, or one for each of its ranks.",
-            rich_help_panel=_RAY,
-        ),
+        _gpus("GPUs to reserve for each denoiser replica; by default one, or one for each of its ranks."),
     ] = None,
     decoder_gpus: Annotated[
         float | None,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="GPUs to reserve for each decoder replica; by default one.",
-            rich_help_panel=_RAY,
-        ),
+        _gpus("GPUs to reserve for each decoder replica; by default one."),
     ] = None,
     transport: Annotated[
         str | None,
