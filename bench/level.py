@@ -98,9 +98,9 @@ def run(engine: Engine, requests: int, every: int) -> dict[int, dict[str, int]]:
 
     def look(done: int) -> None:
         nonlocal highest
-        if done % (every // 10) == 0:
+        if done % (every // 10) == 0 or done == requests:
             highest = {name: max(size, highest.get(name, 0)) for name, size in resident(engine).items()}
-        if done % every == 0:
+        if done % every == 0 or done == requests:
             samples[done], highest = highest, {}
             print(f"{done}: {samples[done]}", file=sys.stderr)
 
