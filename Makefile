@@ -20,8 +20,10 @@ demo: $(INSTALLED) ## install, then draw a picture with the model inside the pac
 	@echo "The picture is in $(CURDIR)/demo.png"
 
 # In the order of their names: otherwise files of few tests come last, and those that start processes take longest.
+# A worker that dies ends the run, with a report: the tests it has left over would be waited for for ever.
 test: lint ## lint, types, import contracts and the tests
-	$(BIN)/pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder \
+		--max-worker-restart 0
 
 test-slow: $(INSTALLED)-dev ## the tests that take longer
 	$(BIN)/pytest -m slow

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers obeys it too
@@ -10,7 +11,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mat
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: what tests start would be deaf, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import operators  # noqa: F401 (before tiny, which imports the libraries)
@@ -43,3 +44,12 @@ def tiny_repo(tmp_path_factory: pytest.TempPathFactory) -> TinyRepo:
         return built[key]
 
     return get
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_ray_left_running() -> Iterator[None]:
+    """No file's tests leave Ray running: it starts by itself where something merely uses it, and others meet it."""
+    yield
+    if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
+        ray.shutdown()
+        pytest.fail("Ray was left running")
