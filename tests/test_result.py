@@ -212,7 +212,7 @@ def test_several_videos_are_numbered(tmp_path: Path) -> None:
     assert second[0, ..., 2].mean() > second[1, ..., 2].mean()
 
 
-@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 51])
+@pytest.mark.parametrize("fps", [0, 0.009, -1, float("nan"), float("inf"), 51])
 def test_a_rate_that_cannot_be_played_is_refused(tmp_path: Path, fps: float) -> None:
     with pytest.raises(ParameterError, match="fps") as caught:
         Result(seed=1, frames=smooth_video(2, 8, 8)[None], fps=fps).save(tmp_path / "fox.gif")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 import random
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
 from triptych.errors import ParameterError, UnknownParameterError
 
@@ -50,10 +52,33 @@ def pipeline_parameters(call: Callable[..., object], refused: Iterable[str] = ()
     return {name: None if default is inspect.Parameter.empty else default for name, default in parameters.items()} | OWN
 
 
+def pipeline_annotations(call: Callable[..., object]) -> dict[str, Any]:
+    """Return what a pipeline's `__call__` says its parameters are, for those that it says it of."""
+    parameters = inspect.signature(call).parameters.values()
+    return {each.name: each.annotation for each in parameters if not isinstance(each.annotation, str)}
+
+
+def types_of(annotation: Any) -> set[Any]:
+    """Return the types that an annotation joins by `|`."""
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return set().union(*(types_of(each) for each in get_args(annotation)))
+    return {origin or annotation}
+
+
 def fill_in(
-    given: Mapping[str, object], defaults: Mapping[str, object], better: Mapping[str, object], family: str
+    given: Mapping[str, object],
+    defaults: Mapping[str, object],
+    better: Mapping[str, object],
+    family: str,
+    annotations: Mapping[str, Any] | None = None,
+    optional: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Return all parameters of a request: what was given, else the model's own default, else the pipeline's.
+
+    Args:
+        annotations: those of the pipeline; what is annotated as one plain type alone is checked to be of it.
+        optional: parameters that have a default and for which None, if it is given, means something else.
 
     Raises:
         UnknownParameterError: a given parameter is not one of the family's.
@@ -64,13 +89,20 @@ def fill_in(
             raise UnknownParameterError(name, family, defaults)
     values = {**defaults, **better, **given}
     for name, value in values.items():
-        if value is None and defaults[name] is not None and name != "seed":
+        if value is None and defaults[name] is not None and name not in optional:
             values[name] = value = better.get(name, defaults[name])
-        if value is not None and (check := _CHECKS.get(name)) is not None:
+        if value is not None and (check := _check_of(name, (annotations or {}).get(name))) is not None:
             check(name, value)
     if values["seed"] is None:
         values["seed"] = draw_seed()
     return values
+
+
+def _check_of(name: str, annotation: Any) -> Callable[[str, object], None] | None:
+    if name in _CHECKS:
+        return _CHECKS[name]
+    kinds = types_of(annotation) - {type(None)}
+    return _CHECKS_OF_TYPES.get(kinds.pop()) if len(kinds) == 1 else None
 
 
 def draw_seed() -> int:
@@ -105,6 +137,11 @@ def _text(name: str, value: object) -> None:
         raise ParameterError(name, value, f"a text is accepted, not {type(value).__name__}")
 
 
+def _whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ParameterError(name, value, "a whole number is accepted")
+
+
 def _count(least: int, most: float = math.inf) -> Callable[[str, object], None]:
     def check(name: str, value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -114,9 +151,18 @@ def _count(least: int, most: float = math.inf) -> Callable[[str, object], None]:
     return check
 
 
-def _number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ParameterError(name, value, "a finite number is accepted")
+def _number(name: str, value: object, accepted: str = "a finite number is accepted") -> None:
+    try:
+        fits = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        fits = False
+    if not fits:
+        raise ParameterError(name, value, accepted)
+
+
+def _number_or_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        _number(name, value)
 
 
 def _numbers(name: str, value: Any) -> None:
@@ -150,6 +196,8 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {
     "max_sequence_length": _count(1),
     "guidance_scale": _number,
     "guidance_scale_2": _number,
+    "cfg_normalization": _number_or_flag,  # annotated as a flag, and used as a limit
+    "max_area": partial(_number, accepted="a number of pixels is accepted"),  # annotated as a whole one
     "true_cfg_scale": _number,
     "sigmas": _numbers,
     "timesteps": _numbers,
@@ -157,3 +205,6 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {
     "exact": _flag,
     "output_type": _output_type,
 }
+_CHECKS_OF_TYPES: dict[Any, Callable[[str, object], None]] = {
+    bool: _flag, int: _whole, float: _number, str: _text,
+}  # fmt: skip

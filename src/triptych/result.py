@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_FPS = 16.0
 """Frames per second of a video whose family names no rate."""
+SLOWEST = 0.01
+"""Frames per second that every format can play."""
 
 _FORMATS = {
     "images": {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"},
@@ -237,9 +239,10 @@ def _sounds(audio: Floats | None, sample_rate: int | None, count: int) -> list[S
 
 
 def _video_writer(video: object, format: str, fps: float, sound: Sound | None) -> Callable[[BinaryIO], None]:
+    # GIF has 16 bits for the 1/100 s that a frame stays, and MP4 is given a rate as a fraction of small numbers.
     fastest = {"MP4": 1000, "GIF": 50, "WEBP": 1000}[format]  # GIF counts in 1/100 s, and players slow 1/100 s down
-    if not 0 < fps <= fastest:
-        raise ParameterError("fps", fps, f"{format} plays more than 0 and at most {fastest} frames a second")
+    if not SLOWEST <= fps <= fastest:
+        raise ParameterError("fps", fps, f"{format} plays at least {SLOWEST} and at most {fastest} frames a second")
     if not hasattr(video, "__iter__") or not (frames := [_picture(frame) for frame in video]):
         raise UsageError("a video needs at least one frame, and is a list of PIL images, an array or a tensor")
 

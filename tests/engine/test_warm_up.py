@@ -17,4 +17,4 @@ def test_it_is_no_larger_than_what_users_ask_for_by_default() -> None:
 def test_it_is_small_where_the_default_is_large(tiny_repo: Callable[..., Path]) -> None:
     request = warm_up_request(triptych.load(tiny_repo("flux2_klein"), role="server"))
     assert request is not None
-    assert (request.parameters["height"], request.parameters["num_inference_steps"]) == (256, 1)
+    assert (request.parameters["height"], request.parameters["num_inference_steps"]) == (256, 2)

@@ -280,6 +280,7 @@ def test_given_embeddings_take_the_place_of_the_prompts_and_several_are_one_batc
     assert_same(video.of(**without, **given), video.base, "given")
     several = {name: torch.cat([value, value.flip(1)]) for name, value in given.items()}
     assert len(video.of(**without, **several)) == 2
+    assert len(video.of(prompt=None, prompt_embeds=several["prompt_embeds"])) == 2
     with pytest.raises(ParameterError, match="num_videos_per_prompt=2: not with embeddings of 2 prompts"):
         video.ours(**without, **several, num_videos_per_prompt=2)
     with pytest.raises(ParameterError, match="image=.*not with embeddings of 2 prompts"):
@@ -447,6 +448,8 @@ def test_a_scheduler_for_pyramids_is_refused(video: Video, tmp_path: Path) -> No
         ({"history_sizes": [16, 0, 0]}, ParameterError, "the smallest may be 0"),
         ({"history_sizes": [16, 2, "1"]}, ParameterError, "three whole numbers"),
         ({"sigmas": []}, ParameterError, "a list of finite numbers is accepted"),
+        ({"image_noise_sigma_min": "a"}, ParameterError, "image_noise_sigma_min='a': a finite number"),
+        ({"is_skip_first_chunk": "no"}, ParameterError, "is_skip_first_chunk='no': True or False"),
         ({"image": [IMAGE, IMAGE]}, ParameterError, "one image is accepted, not 2"),
         ({"image": []}, ParameterError, "one image is accepted, not 0"),
         ({"image": torch.zeros(2, 3, 32, 48)}, ParameterError, "one image is accepted, not 2"),

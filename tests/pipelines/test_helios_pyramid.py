@@ -104,7 +104,7 @@ def test_an_euler_scheduler_that_steps_in_the_models_dtype_is_followed(mid: Vide
 
 
 def test_guidance_starts_from_zero_and_is_scaled_as_in_diffusers(mid: Video, tmp_path: Path) -> None:
-    for change in ({"use_zero_init": False}, {"zero_steps": 0}):
+    for change in ({"use_zero_init": False}, {"use_zero_init": None}, {"zero_steps": 0}):
         assert differ(mid.of(**change), mid.base), change
     plain = Video(edited(mid.repo, tmp_path / "repo", "model_index.json", is_cfg_zero_star=False), "mid")
     assert differ(plain.of(), mid.ours(use_zero_init=False))
@@ -183,6 +183,7 @@ def test_a_scheduler_that_does_not_suit_the_model_is_an_error_of_the_repository(
         ({"height": 40}, ParameterError, "height=40: .* multiple of 16 .* 32 or 48"),
         ({"pyramid_num_inference_steps_list": []}, ParameterError, "one for each level of the pyramid"),
         ({"pyramid_num_inference_steps_list": 3}, ParameterError, "one for each level of the pyramid"),
+        ({"pyramid_num_inference_steps_list": [1] * 5, "height": 32}, ParameterError, "pyramid has 2 levels"),
         ({"pyramid_num_inference_steps_list": [2, 0]}, ParameterError, "=0: a whole number of at least 1"),
         ({"zero_steps": -1}, ParameterError, "zero_steps=-1: a whole number of at least 0"),
         ({"video": CLIP[:4]}, ParameterError, "at least 5 frames .one chunk. is accepted, not of 4"),

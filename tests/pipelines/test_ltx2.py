@@ -171,6 +171,11 @@ def test_each_guidance_may_be_on_without_the_others(either: Video) -> None:
         either.of(**{**PLAIN, **scales}, image=FIRST)
 
 
+def test_the_sounds_guidance_follows_the_videos_where_it_is_none(first: Video) -> None:
+    none = {f"audio_{name}": None for name in ("guidance_scale", "stg_scale", "modality_scale", "guidance_rescale")}
+    assert differ(first.of(**none, guidance_scale=2.0)[1], first.ours(guidance_scale=2.0)[1])
+
+
 def test_all_output_types_are_those_of_diffusers(first: Video, given: dict[str, Any]) -> None:
     first.check(**CALL, **given, output_types=("pil", "np", "latent"))
 
@@ -452,7 +457,7 @@ def test_processes_that_hand_over_files_give_the_same(
         ({"num_frames": 4}, ParameterError, "num_frames=4: a multiple of 2, plus 1, .* 3 or 5"),
         ({"num_frames": 1, "frame_rate": 90.0}, ParameterError, "num_frames=1: .*too short for any sound"),
         ({"max_sequence_length": 20}, ParameterError, "max_sequence_length=20: a multiple of 8 .* 16 or 24"),
-        ({"frame_rate": 0}, ParameterError, "frame_rate=0: a number above 0"),
+        ({"frame_rate": 0}, ParameterError, "frame_rate=0: a number of at least 0.01"),
         ({"motion_speed": -1.0}, ParameterError, "motion_speed=-1.0: a number above 0"),
         ({"modality_scale": "3"}, ParameterError, "modality_scale='3': a finite number is accepted"),
         ({"audio_stg_scale": float("inf")}, ParameterError, "audio_stg_scale=inf: a finite number"),
@@ -469,6 +474,16 @@ def test_processes_that_hand_over_files_give_the_same(
         ({"image": torch.zeros(3, 32, 64)}, UsageError, "requires a `PIL.Image.Image`"),
         ({"image": FIRST, "latents": torch.zeros(1, 96, 6)}, UsageError, "Only unpacked"),
         ({"image_crf": 10}, ParameterError, "image_crf=10: it needs an image"),
+        ({"image": FIRST, "image_crf": 60}, ParameterError, "image_crf=60: a whole number from 0 to 51"),
+        ({"image": FIRST, "image_crf": "a"}, ParameterError, "image_crf='a': a whole number"),
+        ({"image": FIRST.resize((1, 32))}, ParameterError, "image='1x32': at least 2x2 pixels"),
+        ({"num_inference_steps": 1}, ParameterError, "num_inference_steps=1: at least 2 are accepted"),
+        ({"sigmas": [0.5, 1.0]}, ParameterError, "sigmas=.*a last noise level below 1"),
+        ({"spatio_temporal_guidance_blocks": 5}, ParameterError, "whole numbers from 0 to 1 is accepted"),
+        ({"spatio_temporal_guidance_blocks": ["a"]}, ParameterError, "whole numbers from 0 to 1 is accepted"),
+        ({"spatio_temporal_guidance_blocks": [2]}, ParameterError, "whole numbers from 0 to 1 is accepted"),
+        ({"use_cross_timestep": "no"}, ParameterError, "use_cross_timestep='no': True or False"),
+        ({"noise_scale": "a"}, ParameterError, "noise_scale='a': a finite number"),
         ({"timesteps": [1000, 500]}, UnknownParameterError, "no parameter 'timesteps'"),
         ({"enable_prompt_enhancement": True}, UnknownParameterError, "no parameter 'enable_prompt_enhancement'"),
         ({"two_stage": True}, UnknownParameterError, "no parameter 'two_stage'"),

@@ -231,6 +231,7 @@ def test_given_embeddings_take_the_place_of_the_prompts(either: Parity) -> None:
         **call, prompt_embeds=torch.cat([embeds, negative]), negative_prompt_embeds=embeds.repeat(2, 1, 1)
     )
     assert len(both) == 2
+    assert len(either.check(**call, prompt_embeds=torch.cat([embeds, negative]), negative_prompt=NEGATIVE)) == 2
 
 
 def test_several_videos_of_given_embeddings_are_those_of_the_prompt(wan: Parity) -> None:

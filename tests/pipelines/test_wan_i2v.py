@@ -326,6 +326,7 @@ def test_given_embeddings_take_the_place_of_the_prompts(video: Video) -> None:
     # Of several, every model makes one batch, as diffusers does.
     several = {name: torch.cat([value, value.flip(1)]) for name, value in given.items()}
     assert len(video.of(**without, **several)) == 2
+    assert len(video.of(prompt=None, prompt_embeds=several["prompt_embeds"])) == 2
 
 
 def test_an_image_may_be_a_tensor_or_in_a_list_of_its_own(video: Video) -> None:

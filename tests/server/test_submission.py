@@ -18,17 +18,19 @@ from triptych.server.submission import Submission, check_outputs, request_of
 
 from .openai.test_videos import picture
 
-LAYERED = ("qwen_image_layered", {}, {"image": Image.new("RGB", (64, 48)), "num_inference_steps": 1})
+LAYERED = ("qwen_image_layered", {}, {"image": Image.new("RGB", (64, 48)), "num_inference_steps": 2})
 HUNYUAN = ("hunyuan_video15", {"task": "i2v"}, {"image": Image.new("RGB", (64, 48)), "num_inference_steps": 1})
-LTX = ("ltx2", {"version": "2.5"}, {"num_inference_steps": 1, "width": 64, "height": 64, "num_frames": None})
+LTX = ("ltx2", {"version": "2.5"}, {"num_inference_steps": 2, "width": 64, "height": 64, "num_frames": None})
+HELIOS = ("helios", {}, {"num_inference_steps": 1, "width": 64, "height": 64, "num_frames": 9})
 Model = tuple[str, dict[str, Any], dict[str, Any]]
 
 
-def settled(tiny_repo: Callable[..., Path], model: Model, **parameters: Any) -> dict[str, Any]:
-    """What a model makes of a request's parameters before anything is computed."""
+def check(tiny_repo: Callable[..., Path], model: Model, limits: Limits | None = None, **parameters: Any) -> None:
+    """Check what a model makes of a request's parameters, before anything is computed."""
     family, variant, given = model
     server = triptych.load(tiny_repo(family, **variant), role="server", device="cpu")
-    return server.admit(Request(prompt="a fox", exact=False, **{**given, **parameters})).fields
+    settled = server.admit(Request(prompt="a fox", exact=False, **{**given, **parameters})).fields
+    check_outputs(settled, limits or Limits(), server.family)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def test_what_has_no_size_or_no_number_of_frames_is_bounded_too(
     tiny_repo: Callable[..., Path], model: Model, parameters: dict[str, Any], field: str, words: str
 ) -> None:
     with pytest.raises(ParameterError, match="0 pixels in all are accepted") as caught:
-        check_outputs(settled(tiny_repo, model, **parameters), Limits())
+        check(tiny_repo, model, **parameters)
     assert caught.value.field == field
     assert words in str(caught.value)
 
@@ -56,13 +58,54 @@ def test_what_has_no_size_or_no_number_of_frames_is_bounded_too(
         (LAYERED, {"layers": 8, "num_images_per_prompt": 4}),
         (HUNYUAN, {"num_frames": 601}),
         (LTX, {"max_seconds": 60.0}),
+        (LTX, {"num_frames": 9, "frame_rate": 0.01}),
+        (HELIOS, {"num_frames": 990}),
     ],
-    ids=["layers", "frames-of-a-picture", "seconds"],
+    ids=["layers", "frames-of-a-picture", "seconds", "slow", "chunks"],
 )
 def test_what_models_are_made_for_is_within_the_bounds(
     tiny_repo: Callable[..., Path], model: Model, parameters: dict[str, Any]
 ) -> None:
-    check_outputs(settled(tiny_repo, model, **parameters), Limits())
+    check(tiny_repo, model, **parameters)
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "field", "words"),
+    [
+        (HELIOS, {"num_latent_frames_per_chunk": 10**9, "num_frames": 1}, "width", "times that in all: at most"),
+        (HELIOS, {"history_sizes": [10**9, 2, 1]}, "width", "times that in all: at most"),
+        (HELIOS, {"num_latent_frames_per_chunk": 1, "num_frames": 5000}, "num_frames", "of 5000 chunks: at most 1000"),
+        (LTX, {"num_frames": 9001, "frame_rate": 1.0}, "frame_rate", "9001 frames at 1 a second: at most 3600 seconds"),
+        (LTX, {"max_seconds": 4000.0, "frame_rate": 1.0}, "max_seconds", "at most 3600 seconds are accepted"),
+    ],
+    ids=["chunk", "history", "chunks", "slow", "long"],
+)
+def test_what_takes_more_than_its_pixels_tell_is_bounded_too(
+    tiny_repo: Callable[..., Path], model: Model, parameters: dict[str, Any], field: str, words: str
+) -> None:
+    with pytest.raises(ParameterError, match=words) as caught:
+        check(tiny_repo, model, **parameters)
+    assert caught.value.field == field
+
+
+def test_the_second_stage_of_a_video_counts(tiny_repo: Callable[..., Path]) -> None:
+    limits = Limits(video_pixels=64 * 64 * 9)
+    model = (
+        "ltx2",
+        {"version": "2.3", "upsampler": True},
+        {"num_inference_steps": 2, "width": 64, "height": 64, "num_frames": 9},
+    )
+    check(tiny_repo, model, limits)
+    with pytest.raises(ParameterError, match="4 times that in all: at most 36864 pixels"):
+        check(tiny_repo, model, limits, two_stage=True)
+
+
+def test_a_flag_whose_name_speaks_of_latents_can_be_sent() -> None:
+    sent = {"add_noise_to_image_latents": False, "add_noise_to_video_latents": True}
+    request = request_of(Submission(parameters=sent), Limits())  # type: ignore[arg-type]
+    assert request.parameters.items() >= sent.items()
+    with pytest.raises(ParameterError, match="tensors and videos cannot be sent"):
+        request_of(Submission(parameters={"image_latents": [1.0]}), Limits())
 
 
 def test_the_steps_of_all_levels_of_a_pyramid_are_bounded_together() -> None:

@@ -13,11 +13,14 @@ _FRAMES = 9  # one more than a multiple of every autoencoder's compression in ti
 
 
 def warm_up_request(front: Model) -> Request | None:
-    """Return a request of one step, small and no larger than the model's own default; None if none is taken."""
+    """Return a request of two steps, small and no larger than the model's own default; None if none is taken.
+
+    Not of one, for which some schedulers have no noise level (`check_noise_levels`).
+    """
     from PIL import Image
 
     known: dict[str, Any] = {**front.family.parameters, **front.family.repository.defaults}
-    plain = {"prompt": "warm up", "num_inference_steps": 1, "seed": 0, "exact": False, "output_type": "pil"}
+    plain = {"prompt": "warm up", "num_inference_steps": 2, "seed": 0, "exact": False, "output_type": "pil"}
     small = {"height": _SIDE, "width": _SIDE, "num_frames": _FRAMES}
     small = {name: min(size, known.get(name) or size) for name, size in small.items()}
     picture = Image.new("RGB", (_SIDE, _SIDE), "gray")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -11,10 +11,11 @@ from triptych.components.lora import LoraDesk, loadable
 from triptych.components.need import Need, join
 from triptych.components.repository import Repository
 from triptych.errors import ComponentFileError, ParameterError, RoleError, TriptychError, UsageError, did_you_mean
-from triptych.request import pipeline_parameters
+from triptych.request import pipeline_annotations, pipeline_parameters
 from triptych.roles import RoleType, filter_modules_for_role
 from triptych.stages.base import Stage, stage_name
 from triptych.stages.graph import check_components, check_recipe
+from triptych.stages.noise_levels import check_noise_levels
 
 
 class Family:
@@ -27,6 +28,7 @@ class Family:
         geometry: components whose configuration the diffusers pipeline's constructor reads, in every role.
         admission: further components whose configuration `admit` reads.
         refused: parameters of the pipeline that a request may not carry.
+        optional: parameters with a default for which None means something else.
         fps: frames per second of a video family.
     """
 
@@ -35,6 +37,7 @@ class Family:
     geometry: ClassVar[Mapping[str, Need]] = {}
     admission: ClassVar[Mapping[str, Need]] = {}
     refused: ClassVar[frozenset[str] | set[str]] = frozenset()
+    optional: ClassVar[frozenset[str] | set[str]] = frozenset()
     fps: ClassVar[float | None] = None
 
     def __init__(self, repository: Repository) -> None:
@@ -73,6 +76,23 @@ class Family:
         asked = parameters.get("frame_rate", self.parameters.get("frame_rate"))
         return float(asked) if isinstance(asked, (int, float)) else self.fps
 
+    def enlargement(self, parameters: Mapping[str, Any]) -> float:
+        """Return by how much more pixels a request takes than its settled sizes and counts say."""
+        return 1.0
+
+    def chunks(self, parameters: Mapping[str, Any]) -> int:
+        """Return how often a request's steps are run, because what it asks for is made piece by piece."""
+        return 1
+
+    def check_noise_levels(self, parameters: Mapping[str, Any]) -> None:
+        """Check that the model's scheduler has the steps that a request asks for.
+
+        Raises:
+            ParameterError: it has not.
+        """
+        if "scheduler" in self.repository.components:
+            check_noise_levels(self.repository.config("scheduler"), parameters)
+
     def validate_disagg_role(self, role: RoleType) -> None:
         """Refuse a role that the family cannot run in, with a reason.
 
@@ -95,6 +115,11 @@ class Family:
         """The request parameters and their defaults."""
         own = {"lora": None} if self.loras is not None else {}
         return {**pipeline_parameters(self.oracle.__call__, self.refused), **own}
+
+    @cached_property
+    def annotations(self) -> dict[str, Any]:
+        """What the diffusers pipeline says its parameters are."""
+        return pipeline_annotations(self.oracle.__call__)
 
     @cached_property
     def loras(self) -> LoraDesk | None:
@@ -183,10 +208,63 @@ def check_inputs(helpers: Any, parameters: Mapping[str, Any]) -> None:
     accepted = inspect.signature(check).parameters
     try:
         check(**{name: parameters.get(name) for name in accepted})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, TriptychError):
             raise
         raise UsageError(str(error)) from error
+
+
+def check_tensors(parameters: Mapping[str, Any], shapes: Mapping[str, Sequence[int | None]]) -> None:
+    """Check the kind and shape of tensors that a request may give, so that they fail here and not in a model.
+
+    Args:
+        shapes: by parameter, how many entries each dimension has; None where that is for the model to say.
+
+    Raises:
+        ParameterError: one is no tensor of floating point numbers, or of another shape.
+    """
+    import torch
+
+    for name, shape in shapes.items():
+        given = parameters.get(name)
+        if given is None:
+            continue
+        told = given
+        if isinstance(given, torch.Tensor):
+            told = f"of shape {tuple(given.shape)} and dtype {given.dtype}"
+            alike = given.ndim == len(shape) and all(size in (None, own) for own, size in zip(given.shape, shape))
+            if given.is_floating_point() and given.numel() and alike:
+                continue
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ParameterError(name, told, f"a tensor of floating point numbers, of shape ({sizes}), is accepted")
+
+
+def check_latents(parameters: Mapping[str, Any], shape: Sequence[int]) -> None:
+    """Check the latents that a request may give: a row for each output.
+
+    Args:
+        shape: that of one row.
+
+    Raises:
+        ParameterError: they are no tensor of floating point numbers, or of another shape.
+    """
+    embeds = parameters.get("prompt_embeds")
+    prompts = 1 if embeds is None else len(embeds)
+    check_tensors(parameters, {"latents": (prompts * parameters["num_images_per_prompt"], *shape)})
+
+
+def check_placeholders(parameters: Mapping[str, Any], names: Iterable[str], placeholders: Iterable[str]) -> None:
+    """Check that texts hold nothing that stands for a picture among a model's tokens: there is none to put there.
+
+    Raises:
+        ParameterError: one does.
+    """
+    placeholders = tuple(placeholders)
+    for name in names:
+        for placeholder in placeholders:
+            if placeholder in (parameters[name] or ""):
+                reason = f"a text without {placeholder!r} is accepted: to the model it stands for a picture"
+                raise ParameterError(name, parameters[name], reason)
 
 
 def check_multiple(parameters: Mapping[str, Any], names: Iterable[str], multiple: int) -> None:

@@ -428,7 +428,24 @@ class Helios(Family):
                 "HeliosPyramidPipeline, and HeliosPipeline needs stages=1"
             )
 
+    def enlargement(self, parameters: Mapping[str, Any]) -> float:
+        made = self.chunks(parameters) * self.frames_per_chunk(parameters)
+        seen = sum(parameters["history_sizes"]) * self.frames_per_latent  # what a chunk looks back at takes room, too
+        return (made + seen) / float(parameters["num_frames"])
+
+    @property
+    def frames_per_latent(self) -> int:
+        frames = self.repository.config("vae").get("scale_factor_temporal", 4)
+        return frames if isinstance(frames, int) else 4
+
+    def chunks(self, parameters: Mapping[str, Any]) -> int:
+        return math.ceil(int(parameters["num_frames"]) / self.frames_per_chunk(parameters))
+
+    def frames_per_chunk(self, parameters: Mapping[str, Any]) -> int:
+        return (int(parameters["num_latent_frames_per_chunk"]) - 1) * self.frames_per_latent + 1
+
     def admit(self, parameters: dict[str, Any], helpers: Any) -> None:
+        self.check_steps(parameters, helpers)
         patch = helpers.transformer.config.patch_size[1:]
         for name, pixels in zip(("height", "width"), patch):
             multiple = math.lcm(SIZE_MULTIPLE, helpers.vae_scale_factor_spatial * pixels * self.shrinks(parameters))
@@ -436,7 +453,6 @@ class Helios(Family):
         check_inputs(helpers, parameters)
         check_whole("num_latent_frames_per_chunk", parameters["num_latent_frames_per_chunk"], 1)
         parameters["history_sizes"] = check_history_sizes(parameters["history_sizes"])
-        self.check_steps(parameters, helpers)
         check_embeds(parameters)
         check_given(parameters)
         window = (parameters["num_latent_frames_per_chunk"] - 1) * helpers.vae_scale_factor_temporal + 1

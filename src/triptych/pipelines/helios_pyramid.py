@@ -132,6 +132,7 @@ class HeliosPyramid(Helios):
 
     pipelines = ("HeliosPyramidPipeline",)
     admission = {**Helios.admission, "scheduler": Need.FULL}
+    optional = {"use_zero_init"}
     refused = {*Helios.refused, "sigmas"}
 
     def compose(self) -> None:
@@ -149,12 +150,11 @@ class HeliosPyramid(Helios):
             )
 
     def shrinks(self, parameters: Mapping[str, Any]) -> int:
-        levels = check_levels(parameters["pyramid_num_inference_steps_list"])
-        return 1 << (len(levels) - 1)
+        return 1 << (len(parameters["pyramid_num_inference_steps_list"]) - 1)
 
     def check_steps(self, parameters: dict[str, Any], helpers: Any) -> None:
         name = "pyramid_num_inference_steps_list"
-        levels, most = parameters[name], helpers.scheduler.config.stages
+        levels, most = check_levels(parameters[name]), helpers.scheduler.config.stages
         if len(levels) > most:
             raise ParameterError(name, levels, f"the model's pyramid has {most} levels; no more are accepted")
         check_whole("zero_steps", parameters["zero_steps"], 0)

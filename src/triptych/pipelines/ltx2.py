@@ -20,6 +20,7 @@ from triptych.components.repository import Entry, Repository
 from triptych.errors import ComponentFileError, ParameterError
 from triptych.pipelines.base import Family, check_inputs, check_multiple
 from triptych.pipelines.wan import check_frames
+from triptych.result import SLOWEST
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
@@ -599,6 +600,8 @@ class LTX2(Family):
     # The pipeline's constructor reads sizes off the models and asks the tokenizer for its longest text, in every role.
     geometry = {"vae": Need.CONFIG, "audio_vae": Need.CONFIG, "transformer": Need.CONFIG, "tokenizer": Need.CONFIG}
     admission = {"text_encoder": Need.CONFIG, "connectors": Need.CONFIG}
+    # They follow the video's then.
+    optional = {"audio_guidance_scale", "audio_stg_scale", "audio_modality_scale", "audio_guidance_rescale"}
     # The oracle always gives its scheduler sigmas, and no scheduler takes timesteps beside them.
     refused = {
         "timesteps", "attention_kwargs", "system_prompt", "enable_prompt_enhancement", "prompt_max_new_tokens",
@@ -648,6 +651,9 @@ class LTX2(Family):
             own.update(parameters())
         return own
 
+    def enlargement(self, parameters: Mapping[str, Any]) -> float:
+        return 4.0 if parameters.get("two_stage") else 1.0
+
     def task_of(self, parameters: Mapping[str, Any]) -> str:
         task = TEXT if parameters["image"] is None and TEXT in self.tasks else IMAGE
         return TWO_STAGES[task] if parameters.get("two_stage") else task
@@ -658,14 +664,17 @@ class LTX2(Family):
             check_image(parameters)
         elif parameters["image_crf"] is not None:
             raise ParameterError("image_crf", parameters["image_crf"], "it needs an image")
+        name = "spatio_temporal_guidance_blocks"
+        if parameters[name] != self.parameters[name]:  # diffusers' own choice, whatever the transformer
+            check_blocks(name, parameters[name], helpers.transformer.config.num_layers)
         for name in ("guidance_scale", "stg_scale", "modality_scale", "guidance_rescale"):
             parameters[f"audio_{name}"] = parameters[f"audio_{name}"] or parameters[name]
             for each in (name, f"audio_{name}"):
                 check_number(each, parameters[each])
         spatial = helpers.vae_spatial_compression_ratio * helpers.transformer_spatial_patch_size
         check_multiple(parameters, ("height", "width"), math.lcm(SIZE_MULTIPLE, spatial))
-        for name in ("frame_rate", "motion_speed"):
-            check_number(name, parameters[name], positive=True)
+        check_number("frame_rate", parameters["frame_rate"], least=SLOWEST)
+        check_number("motion_speed", parameters["motion_speed"], positive=True)
         # The oracle checks the shape of given latents only where they take an image's place.
         unchecked = {"audio_latents": None} if with_image else {"audio_latents": None, "latents": None}
         check_inputs(helpers, {**parameters, **unchecked})
@@ -749,10 +758,29 @@ def check_image(parameters: dict[str, Any]) -> None:
         raise ParameterError("image", image, f"one image is accepted, not {len(image)}")
     if not isinstance(image, (torch.Tensor, Image.Image, type(None))):
         raise ParameterError("image", image, f"a PIL image or a tensor is accepted, not {type(image).__name__}")
+    crf = parameters["image_crf"]
+    if crf is not None and not 0 <= crf <= 51:  # of x264, which compresses it as the model's training videos are
+        raise ParameterError("image_crf", crf, "a whole number from 0 to 51 is accepted; 0 leaves the image as it is")
+    if isinstance(image, Image.Image) and min(image.size) < 2 and crf != 0:
+        raise ParameterError("image", f"{image.width}x{image.height}", "at least 2x2 pixels are accepted")
     parameters["image"] = image
 
 
-def check_number(name: str, value: Any, *, positive: bool = False) -> None:
+def check_blocks(name: str, blocks: Any, count: int) -> None:
+    """Check the blocks that spatio-temporal guidance disturbs.
+
+    Raises:
+        ParameterError: they are no blocks of the transformer.
+    """
+    wrong = not isinstance(blocks, (list, tuple)) or any(
+        isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < count for each in blocks
+    )
+    if wrong:
+        accepted = f"a list of whole numbers from 0 to {count - 1} is accepted: the transformer's blocks"
+        raise ParameterError(name, blocks, accepted)
+
+
+def check_number(name: str, value: Any, *, positive: bool = False, least: float = -math.inf) -> None:
     """Check a scale, or a rate or a speed, which is above 0.
 
     Raises:
@@ -762,3 +790,5 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> None:
         raise ParameterError(name, value, "a finite number is accepted")
     if positive and value <= 0:
         raise ParameterError(name, value, "a number above 0 is accepted")
+    if value < least:
+        raise ParameterError(name, value, f"a number of at least {least:g} is accepted")

@@ -42,12 +42,14 @@ class TextEncoding(Stage):
         state.prompt_embeds = self.embed(state, state.prompt, state.prompt_embeds)
         if state.guidance_scale > 1:
             negative, given = state.negative_prompt or "", state.negative_prompt_embeds
-            state.negative_prompt_embeds = self.embed(state, negative if given is None else None, given)
+            rows = len(state.prompt_embeds)  # of given ones there may be several
+            text = [negative] * rows if rows > 1 else negative
+            state.negative_prompt_embeds = self.embed(state, text if given is None else None, given)
         else:
             state.negative_prompt_embeds = None
 
-    def embed(self, state: View, prompt: str | None, embeds: torch.Tensor | None) -> torch.Tensor:
-        """Encode one text by itself, so that one which comes again can be remembered."""
+    def embed(self, state: View, prompt: str | list[str] | None, embeds: torch.Tensor | None) -> torch.Tensor:
+        """Encode the texts of one branch by themselves, so that those which come again can be remembered."""
         encoded: torch.Tensor = self.helpers.encode_prompt(
             prompt=prompt,
             do_classifier_free_guidance=False,

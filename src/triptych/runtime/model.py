@@ -101,13 +101,15 @@ class Model:
         if family.loras is None and (named := given.pop("lora", None)):
             problem = f"diffusers has no loader of LoRAs for {family.repository.family}: leave it out"
             raise ParameterError("lora", named, problem)
-        fields = fill_in(given, family.parameters, family.repository.defaults, family.repository.family)
+        better, pipeline = family.repository.defaults, family.repository.family
+        fields = fill_in(given, family.parameters, better, pipeline, family.annotations, family.optional)
         task = family.task_of(fields)
         if task not in self.tasks:
             raise UsageError(
                 f"this is a request for {task!r}, but the model was loaded for {', '.join(sorted(self.tasks))}"
             )
         family.admit(fields, self._helpers)
+        family.check_noise_levels(fields)
         self.accelerated.check(fields)
         named = fields.pop("lora", None)
         if named and family.loras is not None:

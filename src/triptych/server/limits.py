@@ -17,13 +17,15 @@ class Limits:
         images: pictures that one request may carry, and outputs that it may ask for.
         pixels: of all pictures of one request together, and of all that it asks for.
         video_pixels: of all frames that one request asks for.
+        seconds: of a video that one request asks for.
+        chunks: of a video that is made piece by piece; each takes the request's steps.
         deadline: seconds that a request may ask for, and those of one that asks for nothing.
         kept: finished requests that are remembered.
         kept_seconds: how long each of them is.
         video_seconds: how long videos are that outlive the server's process.
         kept_bytes: of results on disk; the oldest go first.
         keep_alive: seconds of silence on a stream of events before a comment is sent.
-        steps: denoising steps that a request may ask for, and values of a list: as many events are kept of it.
+        steps: denoising steps that a request may ask for, and values of a list: as many events are kept of each chunk.
         kept_events: of all finished requests together; the oldest requests go first.
         uploads: bodies of more than 64 KiB that may be on their way at a time.
         upload_seconds: how long a body may take.
@@ -38,6 +40,8 @@ class Limits:
     images: int = 16
     pixels: int = 64_000_000
     video_pixels: int = 2_000_000_000
+    seconds: float = 3600
+    chunks: int = 1000
     deadline: float = 24 * 3600
     kept: int = 1000
     kept_seconds: float = 3600

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-import types
 from collections.abc import Mapping
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 from triptych.engine.base import Engine
+from triptych.request import types_of
 from triptych.server.limits import Limits
 from triptych.server.submission import PICTURE, TENSOR
 from triptych.stages.graph import makes
@@ -47,12 +46,11 @@ class FamilyParameters(BaseModel):
 def parameters_of(engine: Engine, limits: Limits) -> FamilyParameters:
     """Return what requests to an engine's model may carry, with the model's own defaults."""
     family = engine.front.family
-    annotations = _annotations(family.oracle.__call__)
     told = []
     for name, default in family.parameters.items():
         if name in _UNTOLD or name.startswith("_") or (TENSOR.search(name) and not PICTURE.search(name)):
             continue
-        if (kind := kind_of(name, default, annotations)) is not None:
+        if (kind := kind_of(name, default, family.annotations)) is not None:
             value = family.repository.defaults.get(name, default)
             told.append(Parameter(name=name, kind=kind, default=list(value) if isinstance(value, tuple) else value))
     return FamilyParameters(
@@ -69,7 +67,7 @@ def kind_of(name: str, default: object, annotations: Mapping[str, Any]) -> Kind 
     """Return the kind of a parameter, from its annotation, else from its default; None where neither tells."""
     if name == "lora":
         return "loras"
-    possible = _types(annotations.get(name, _OWN.get(name)))
+    possible = types_of(annotations.get(name, _OWN.get(name)))
     if PICTURE.search(name):
         return "images" if list in possible else "image"
     for kind_type, kind in _KINDS:
@@ -81,16 +79,3 @@ def kind_of(name: str, default: object, annotations: Mapping[str, Any]) -> Kind 
         if isinstance(default, kind_type):
             return kind
     return "list" if isinstance(default, (list, tuple)) else None
-
-
-def _annotations(call: Any) -> dict[str, Any]:
-    parameters = inspect.signature(call).parameters.values()
-    return {each.name: each.annotation for each in parameters if not isinstance(each.annotation, str)}
-
-
-def _types(annotation: Any) -> set[Any]:
-    """Return the types that an annotation joins by `|`."""
-    origin = get_origin(annotation)
-    if origin in (Union, types.UnionType):
-        return set().union(*(_types(each) for each in get_args(annotation)))
-    return {origin or annotation}

@@ -140,7 +140,7 @@ class Service:
             deadline=self.limits.deadline if deadline is None else deadline,
             previews=previews,
             name=record.id,
-            check=partial(check_outputs, limits=self.limits),
+            check=partial(check_outputs, limits=self.limits, family=engine.front.family),
         )
         record.job, record.seed = job, int(str(request.parameters["seed"]))  # the engine has checked it
         return job

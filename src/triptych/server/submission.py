@@ -19,12 +19,16 @@ from triptych.server.limits import Limits
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from triptych.pipelines.base import Family
+
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Of pictures that are read."""
 
 PICTURE = re.compile(r"(^|_)image$")
 """Names of parameters that are pictures."""
-TENSOR = re.compile(r"(^video|latents|embeds|mask|token_ids|token_image_ids|grid_thw)(_\d+)?$")
+TENSOR = re.compile(
+    r"(^video|(?<!_to_image_)(?<!_to_video_)latents|embeds|mask|token_ids|token_image_ids|grid_thw)(_\d+)?$"
+)
 """Names of parameters that HTTP does not carry."""
 _LARGEST = 2**64  # beyond it no parameter has a meaning, and floats end somewhere
 _COUNTS = ("num_frames", "layers", "num_images_per_prompt", "num_videos_per_prompt")
@@ -105,7 +109,7 @@ def request_of(submission: Submission, limits: Limits) -> Request:
     return request
 
 
-def check_outputs(settled: Mapping[str, Any], limits: Limits) -> None:
+def check_outputs(settled: Mapping[str, Any], limits: Limits, family: Family) -> None:
     """Make sure that what a request asks for, its parameters settled by the model, is not too large to be made.
 
     Raises:
@@ -119,11 +123,30 @@ def check_outputs(settled: Mapping[str, Any], limits: Limits) -> None:
         if isinstance(factor := settled.get(name), (int, float)) and factor > 0:
             factors[name] = factor
     most = limits.video_pixels if "num_frames" in settled else limits.pixels
-    if factors and math.prod(factors.values()) * (1 if sized else _USUAL_AREA) > most:
+    more = family.enlargement(settled)
+    if factors and math.prod(factors.values()) * (1 if sized else _USUAL_AREA) * more > most:
         largest = max(factors, key=lambda name: factors[name])
         asked = ", ".join(f"{name}={factor}" for name, factor in factors.items())
         each = "" if sized else f", each of some {_USUAL_AREA} pixels"
-        raise ParameterError(largest, factors[largest], f"{asked}{each}: at most {most} pixels in all are accepted")
+        times = "" if more == 1 else f", {more:.3g} times that in all"
+        raise ParameterError(
+            largest, factors[largest], f"{asked}{each}{times}: at most {most} pixels in all are accepted"
+        )
+    _check_length(settled, limits, family)
+    if (chunks := family.chunks(settled)) > limits.chunks:
+        accepted = f"a video of {chunks} chunks: at most {limits.chunks} are accepted"
+        raise ParameterError("num_frames", settled["num_frames"], accepted)
+
+
+def _check_length(settled: Mapping[str, Any], limits: Limits, family: Family) -> None:
+    """Make sure that a video does not last too long: a slow one has few pixels, and as much sound as any other."""
+    frames, rate = settled.get("num_frames"), family.frame_rate(settled)
+    if frames is not None and rate is not None and frames / rate > limits.seconds:
+        name = "frame_rate" if "frame_rate" in settled else "num_frames"
+        accepted = f"{frames} frames at {rate:g} a second: at most {limits.seconds:g} seconds are accepted"
+        raise ParameterError(name, settled[name], accepted)
+    if frames is None and (longest := settled.get("max_seconds") or 0) > limits.seconds:
+        raise ParameterError("max_seconds", longest, f"at most {limits.seconds:g} seconds are accepted")
 
 
 class _Pictures:

@@ -5,12 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from triptych.errors import ParameterError
+
 
 def even_sigmas(steps: int) -> Any:
     """Return evenly spaced noise levels from 1 to 1/steps: an array of that many float64."""
     import numpy as np
 
     return np.linspace(1.0, 1 / steps, steps)
+
+
+def check_noise_levels(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+    """Check that a scheduler which stretches its noise levels to a terminal one has some to stretch.
+
+    It divides by the distance of the last level from 1: by nothing, where that is the only one.
+
+    Args:
+        config: the scheduler's configuration.
+
+    Raises:
+        ParameterError: it has none, and all that it computes would be no number.
+    """
+    if not config.get("shift_terminal"):
+        return
+    sigmas = parameters.get("sigmas")
+    if sigmas is None and parameters.get("num_inference_steps") == 1:
+        accepted = "at least 2 are accepted: this model's scheduler cannot stretch the noise levels of one step"
+        raise ParameterError("num_inference_steps", 1, accepted)
+    if sigmas is not None and sigmas[-1] == 1:
+        accepted = "a last noise level below 1 is accepted: this model's scheduler cannot stretch others"
+        raise ParameterError("sigmas", sigmas, accepted)
 
 
 def resolution_shift(

@@ -11,7 +11,7 @@ from typing import Any
 from triptych.engine.base import Engine
 from triptych.errors import ParameterError, UnknownParameterError
 from triptych.request import Request
-from triptych.result import DEFAULT_FPS
+from triptych.result import DEFAULT_FPS, SLOWEST
 from triptych.server.limits import Limits
 from triptych.server.openai.form import Fields, add_size, settle
 from triptych.server.parameters import parameters_of
@@ -76,7 +76,7 @@ def order_of(fields: Fields, engine: Engine, limits: Limits) -> VideoOrder:
     request = request_of(Submission(parameters=given, deadline=None), limits)
     settled = _admitted(engine, request, snap=asked is not None)
     try:
-        check_outputs(settled, limits)
+        check_outputs(settled, limits, family)
     except ParameterError as error:
         name = _ASKED_BY.get(error.field, error.field)
         if own.get(name) is None:
@@ -121,7 +121,7 @@ def _rate(given: dict[str, Any], fps: object, usual: float | None, *, takes_rate
     """Return the frames per second of the video; a model that has to know them is told."""
     if fps is None:
         return usual or DEFAULT_FPS
-    rate = _number("fps", fps, _FASTEST)
+    rate = _number("fps", fps, _FASTEST, SLOWEST)
     if takes_rate:
         if "frame_rate" in given:
             raise ParameterError("fps", fps, "frame_rate is given too; give one of them")
@@ -140,13 +140,14 @@ def _frames(given: Mapping[str, Any], seconds: object, rate: float, *, takes_fra
     return max(1, round(_number("seconds", seconds, _LONGEST) * rate))
 
 
-def _number(name: str, value: object, most: float) -> float:
+def _number(name: str, value: object, most: float, least: float = 0) -> float:
     try:
         number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
         number = math.nan
-    if not 0 < number <= most:
-        raise ParameterError(name, value, f"a number above 0 and up to {most} is accepted")
+    if not least <= number <= most or not number:
+        from_ = f"from {least:g}" if least else "above 0"
+        raise ParameterError(name, value, f"a number {from_} and up to {most} is accepted")
     return number
 
 
