@@ -94,6 +94,47 @@ def test_tied_weights_are_one_tensor_and_counted_once(tiny_repo: TinyRepo) -> No
     assert module.shared.weight is module.encoder.embed_tokens.weight
 
 
+@pytest.mark.parametrize("first", ["shared.weight", "encoder.embed_tokens.weight"])
+def test_tied_weights_that_are_stored_twice_and_differ_are_untied_as_the_library_does(
+    tiny_repo, tmp_path, first
+) -> None:
+    repo = copy(tiny_repo("wan"), tmp_path)
+    (file,) = (repo / "text_encoder").glob("*.safetensors")
+    weights = load_file(file)
+    (stored,) = {"shared.weight", "encoder.embed_tokens.weight"} & weights.keys()
+    alike = weights.pop(stored)
+    second = ({"shared.weight", "encoder.embed_tokens.weight"} - {first}).pop()
+    save_file({**weights, first: alike, second: alike.clone()}, file, {"format": "pt"})
+    module = load(repo, "text_encoder").component
+    assert module.shared.weight is module.encoder.embed_tokens.weight
+    assert_same_tensors(module, from_pretrained(repo, "text_encoder", torch.float32))
+    save_file({**weights, first: alike, second: alike + 1}, file, {"format": "pt"})
+    module = load(repo, "text_encoder", by_library=True).component
+    assert not torch.equal(module.shared.weight, module.encoder.embed_tokens.weight)
+    assert_same_tensors(module, from_pretrained(repo, "text_encoder", torch.float32))
+
+
+def test_weights_of_8_bits_are_loaded_in_the_dtype_of_the_others_with_a_warning(tiny_repo, tmp_path, caplog) -> None:
+    repo = copy(tiny_repo("flux2_klein", dtype="bfloat16"), tmp_path)
+    (file,) = (repo / "transformer").glob("*.safetensors")
+    weights = load_file(file)
+    small = {key: each.to(torch.float8_e4m3fn) if each.ndim == 2 else each for key, each in weights.items()}
+    assert {each.dtype for each in small.values()} == {torch.float8_e4m3fn, torch.bfloat16}
+    save_file(small, file, {"format": "pt"})
+    with caplog.at_level(logging.WARNING):
+        module = load(repo, "transformer").component
+    assert_same_tensors(module, from_pretrained(repo, "transformer", torch.bfloat16))
+    assert load(repo, "transformer", Need.CONFIG).component.dtype == torch.bfloat16
+    assert "transformer of" in caplog.text and "is stored as float8_e4m3fn" in caplog.text
+    caplog.clear()
+    save_file({key: each.to(torch.float8_e4m3fn) for key, each in weights.items()}, file, {"format": "pt"})
+    assert_same_tensors(load(repo, "transformer").component, from_pretrained(repo, "transformer", torch.float32))
+    assert "it is loaded as float32, in more memory, unless a dtype is named" in caplog.text
+    caplog.clear()
+    load(repo, "transformer", dtype="bfloat16")
+    assert not caplog.text
+
+
 def test_a_component_without_weights_comes_from_its_library(tiny_repo: TinyRepo) -> None:
     loaded = load(tiny_repo("flux2_klein"), "tokenizer")
     assert loaded.nbytes == 0
@@ -337,6 +378,20 @@ def test_components_load_in_several_threads_at_once(tiny_repo: TinyRepo) -> None
         loaded = list(pool.map(lambda job: load_anyhow(repo, job[0], dtype=job[1]).component, jobs))
     for (name, dtype), module in zip(jobs, loaded, strict=True):
         assert_same_tensors(module, from_pretrained(repo, name, DTYPES[dtype]))
+    assert torch.get_default_dtype() == torch.float32
+    assert not torch.nn.Linear(1, 1).weight.is_meta
+
+
+def test_components_that_libraries_load_whole_leave_the_process_as_it_was(tiny_repo: TinyRepo, tmp_path: Path) -> None:
+    repo = copy(tiny_repo("flux2_klein"), tmp_path)
+    (file,) = (repo / "vae").glob("*.safetensors")
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    jobs = [(name, dtype) for dtype in ("bfloat16", "float32") for name in ("vae", "text_encoder")] * 3
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda job: load_anyhow(repo, job[0], dtype=job[1]).component, jobs))
+    for (name, dtype), module in zip(jobs, loaded, strict=True):
+        assert_same_tensors(module, from_pretrained(tiny_repo("flux2_klein"), name, DTYPES[dtype]))
     assert torch.get_default_dtype() == torch.float32
     assert not torch.nn.Linear(1, 1).weight.is_meta
 

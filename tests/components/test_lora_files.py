@@ -6,8 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers.utils import USE_PEFT_BACKEND
+from safetensors.torch import save_file
 from tiny import lora
+
+from triptych.components.lora_files import Place, fingerprint
+from triptych.components.repository import Repository
 
 from .hub import COMMIT, serve
 from .test_hub import machine
@@ -40,6 +45,60 @@ pictures = [
 same = [bool(torch.equal(pictures[0], each)) for each in pictures]
 print(json.dumps({"field": field, "same": same, "told": told}))
 """
+
+
+OFFLINE = """
+from huggingface_hub import constants
+from triptych.components import lora_files
+
+repository = Repository.open(os.environ["MODEL"])
+
+def find(name):
+    place = lora_files.find(name, repository, None)
+    return [place.source, place.files(repository).revision, place.file]
+
+names = ["someone/style", "someone/style/style.safetensors"]
+first = [find(name) for name in names]
+was = constants.HF_HUB_OFFLINE
+constants.HF_HUB_OFFLINE = True
+again = [find(name) for name in names]
+constants.HF_HUB_OFFLINE = was
+lora_files.find(names[0], repository, None).local(repository)
+print(json.dumps({"first": first, "again": again}))
+"""
+
+
+def test_files_that_differ_in_one_number_anywhere_are_told_apart(
+    tiny_repo: Callable[..., Path], tmp_path: Path
+) -> None:
+    repository = Repository.open(tiny_repo("flux2_klein"))
+    weights = {f"transformer.{k}.lora_A.weight": torch.zeros(100, 1000) for k in range(4)}
+
+    def write(name: str) -> str:
+        save_file(weights, tmp_path / name)
+        return fingerprint(Place(str(tmp_path), None, name), repository)
+
+    first = write("first.safetensors")
+    assert write("same.safetensors") == first
+    seen = {first}
+    for tensor in weights.values():
+        for place in (0, 50_000, 99_999):
+            tensor.view(-1)[place] += 1
+            seen.add(write(f"{len(seen)}.safetensors"))
+    assert len(seen) == 13
+
+
+def test_a_file_of_the_hub_is_found_where_the_hub_cannot_be_reached_any_more(
+    tiny_repo: Callable[..., Path], tmp_path: Path
+) -> None:
+    repo = tiny_repo("flux2_klein")
+    lora.write(tmp_path / "root" / "style.safetensors", repo, {"transformer": ["attn.to_q"]}, seed=1)
+    with serve("someone/style", tmp_path / "root") as hub:
+        online = machine(hub, tmp_path / "home", OFFLINE, MODEL=str(repo))
+    offline = machine(hub, tmp_path / "home", OFFLINE, MODEL=str(repo), HF_HUB_OFFLINE="1")
+    place = ["someone/style", COMMIT, "style.safetensors"]
+    for told in (online, offline):
+        assert told["first"] == told["again"] == [place, place]
 
 
 @pytest.mark.slow

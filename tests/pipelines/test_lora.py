@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from diffusers.utils import USE_PEFT_BACKEND
 from PIL import Image
@@ -15,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from tiny import lora
 
 import triptych
+from triptych.components.acceleration import Acceleration
 from triptych.components.adapters import Adapters
 from triptych.components.lora import MOST, LoraDesk
 from triptych.engine.local import LocalEngine
 from triptych.errors import ComponentFileError, ParameterError, UsageError
 from triptych.runtime.prompt_cache import PromptCache
+from triptych.runtime.ranks import Ranks
 
 from .parity import FORWARD_TOLERANCE, PIXEL_TOLERANCE, Parity, assert_same, differ
 from .test_helios import call_of as helios
@@ -200,6 +203,40 @@ def test_layers_under_other_names_and_alphas_are_read_as_diffusers_reads_them(
     assert differ(qwen.of({"path": str(scaled)}), qwen.of({"path": str(qwen.style)}))
 
 
+@pytest.mark.parametrize("alpha", [None, 1.0])
+@pytest.mark.parametrize("rank", [2, 3])  # three layers in one: each may have a third of the rank to itself
+@pytest.mark.parametrize("family", ["flux", "flux2_klein"])
+def test_kohyas_layers_are_read_as_diffusers_reads_them_whatever_their_rank_and_without_an_alpha(
+    adapted: Callable[[str], Adapted], tmp_path: Path, family: str, rank: int, alpha: float | None
+) -> None:
+    parity = adapted(family)
+    written = lora.write(
+        tmp_path / "written.safetensors", parity.repo, {"transformer": ["transformer_blocks.0.attn.to_q"]}, rank=rank
+    )
+    down, up = (load_file(written)[f"transformer.transformer_blocks.0.attn.to_q.lora_{side}.weight"] for side in "AB")
+    layer = "lora_unet_double_blocks_0_img_attn_qkv"
+    weights = {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": torch.cat([up] * 3)}
+    if alpha is not None:
+        weights[f"{layer}.alpha"] = torch.tensor(alpha)
+    save_file(weights, kohya := tmp_path / "kohya.safetensors")
+    assert differ(parity.of({"path": str(kohya)}), parity.of())
+
+
+def test_kohyas_single_blocks_are_read_at_ranks_that_are_divisible_by_their_four_layers(
+    adapted: Callable[[str], Adapted], tmp_path: Path
+) -> None:
+    layer = "lora_unet_single_blocks_0_linear1"  # the sizes of FLUX.1's own, which diffusers expects
+    weights = {
+        f"{layer}.lora_down.weight": torch.ones(16, 3072),
+        f"{layer}.lora_up.weight": torch.ones(21504, 16),
+        f"{layer}.alpha": torch.tensor(16.0),
+    }
+    save_file(weights, tmp_path / "kohya.safetensors")
+    flux = adapted("flux")
+    with pytest.raises(ParameterError, match="does not fit the transformer: its layer 'single_transformer_blocks.0"):
+        flux.model.admit(triptych.Request(**flux.call, lora=[{"path": tmp_path / "kohya.safetensors"}]))
+
+
 @pytest.mark.slow
 def test_three_processes_give_the_picture_of_diffusers(adapted: Callable[[str], Adapted], tmp_path: Path) -> None:
     flux = adapted("flux")
@@ -344,6 +381,56 @@ def test_a_file_is_checked_before_any_weight_is_read(
     cut.write_bytes(klein.style.read_bytes()[:-1])
     with pytest.raises(ParameterError, match="cut.safetensors: is truncated or damaged"):
         desk({"path": cut})
+
+
+def test_layers_that_lie_there_quantised_are_known_by_name(klein: Adapted, tmp_path: Path) -> None:
+    repo = shutil.copytree(klein.repo, tmp_path / "repo")
+    (file,) = (repo / "transformer").glob("*.safetensors")
+    stored: dict[str, torch.Tensor] = {}
+    for key, value in load_file(file).items():  # as bitsandbytes writes its 4-bit floats
+        packed = torch.zeros((value.numel() + 1) // 2, 1, dtype=torch.uint8)
+        stored |= {key: packed, f"{key}.absmax": torch.zeros(4)} if value.ndim == 2 else {key: value}
+    save_file(stored, file, {"format": "pt"})
+    config = json.loads((repo / "transformer/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (repo / "transformer/config.json").write_text(json.dumps(config))
+    server = triptych.load(repo, role="server", device="cpu")
+    assert server.admit(triptych.Request(**klein.call, lora=[{"path": klein.style}])).fields["lora"]
+    weights = load_file(klein.style)
+    elsewhere = {key.replace("transformer_blocks.", "layers."): value for key, value in weights.items()}
+    save_file(elsewhere, tmp_path / "elsewhere.safetensors")
+    with pytest.raises(ParameterError, match="does not fit the transformer, which has no layer"):
+        server.admit(triptych.Request(**klein.call, lora=[{"path": tmp_path / "elsewhere.safetensors"}]))
+
+
+@pytest.mark.parametrize("role", ["server", "encoder"])
+def test_one_is_admitted_where_the_weights_that_it_changes_are_not(klein: Adapted, tmp_path: Path, role: str) -> None:
+    repo = shutil.copytree(klein.repo, tmp_path / "repo")
+    for shard in tiny.shard(repo, "transformer"):
+        shard.unlink()
+    model = triptych.load(repo, role=role, device="cpu")
+    assert model.admit(triptych.Request(**klein.call, lora=[{"path": klein.style}])).fields["lora"]
+
+
+def test_one_of_the_layer_that_joins_a_shared_sequence_gives_the_same_picture_but_for_rounding(
+    klein: Adapted, tmp_path: Path
+) -> None:
+    repo, losses = klein.repo, list[str]()
+    last = lora.write(tmp_path / "last.safetensors", repo, {"transformer": ["proj_out", "attn.to_q"]}, seed=4)
+    assert "transformer.proj_out.lora_A.weight" in load_file(last)
+    call = {**klein.call, "seed": 7, "output_type": "pt", "exact": False}
+    asked: list[Loras] = [[], [{"path": last}], [], [{"path": klein.style}, {"path": last, "scale": 0.5}]]
+    whole = [triptych.load(repo, device="cpu").generate(**call, lora=loras).images for loras in asked]
+    ranks = Ranks(repo, {"dtype": torch.float32}, Acceleration(ulysses=2), threads=1, on_lost=losses.append)
+    try:
+        model = triptych.load(repo, device="cpu")
+        ranks.attach(model)
+        shared = [model.generate(**call, lora=loras).images for loras in asked]
+    finally:
+        ranks.close()
+    assert not losses and differ(whole[0], whole[1])
+    for one, other in zip(shared, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from tiny import lora
 from tiny.ltx2 import LORA
 
 import triptych
+from triptych.components.acceleration import Acceleration
 from triptych.errors import ParameterError, UsageError
 from triptych.runtime.lanes import Work
 from triptych.runtime.segment import Turn
@@ -250,6 +251,24 @@ def test_without_peft_a_request_is_refused_before_its_first_step(
 def test_what_cannot_be_done_is_refused_with_a_reason(stages: TwoStages, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ParameterError, match=message):
         stages.model.admit(triptych.Request(**{**CALL, "two_stage": True, **changes}))
+
+
+@needs_peft
+@pytest.mark.parametrize(("changes", "role"), [(True, "denoiser"), ("connectors", "encoder")])
+def test_one_is_refused_where_weights_are_not_as_it_would_change_them(
+    tiny_repo: TinyRepo, changes: bool | str, role: str
+) -> None:
+    repo = tiny_repo("ltx2", version="2.0", upsampler=True, lora=changes)
+    ask = {**CALL, "two_stage": True, "exact": False}
+    fp8 = Acceleration(quantization="fp8")
+    server = triptych.load(repo, role="server", device="cpu", acceleration={role: fp8})
+    server.admit(triptych.Request(**ask))
+    server.admit(triptych.Request(**{**ask, "two_stage": False}, stage_2_lora=LORA))  # where it says nothing
+    with pytest.raises(ParameterError, match=f"'{LORA}': none is accepted where the {role}'s weights are") as caught:
+        server.admit(triptych.Request(**ask, stage_2_lora=LORA))
+    assert (caught.value.field, caught.value.value) == ("stage_2_lora", LORA)
+    decoding = triptych.load(repo, role="server", device="cpu", acceleration={"decoder": fp8})
+    decoding.admit(triptych.Request(**ask, stage_2_lora=LORA))
 
 
 def test_a_repository_without_one_says_so(tiny_repo: TinyRepo) -> None:

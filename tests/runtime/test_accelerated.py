@@ -11,6 +11,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models import attention_dispatch
+from diffusers.utils import USE_PEFT_BACKEND
+from tiny import lora
 
 import triptych
 from triptych.components import switches
@@ -209,6 +211,17 @@ def test_a_lora_is_refused_where_weights_are_not_as_it_would_change_them(repo: P
     model = triptych.load(repo, role="server", acceleration={"denoiser": Acceleration(quantization="fp8")})
     with pytest.raises(ParameterError, match="lora=.*: none is accepted where the denoiser's weights are kept as fp8"):
         model.admit(triptych.Request(**ASK, exact=False, lora=[{"path": "style.safetensors"}]))
+
+
+@pytest.mark.skipif(not USE_PEFT_BACKEND, reason="PEFT is not installed")
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+def test_a_lora_is_accepted_where_those_weights_are_as_they_were_that_it_could_change(
+    repo: Path, tmp_path: Path, role: str
+) -> None:
+    style = lora.write(tmp_path / "style.safetensors", repo, {"transformer": ["attn.to_q"]})
+    model = triptych.load(repo, device="cpu", acceleration={role: Acceleration(quantization="fp8")})
+    plain, adapted = (model.generate(**ASK, exact=False, lora=loras).images for loras in ([], [{"path": style}]))
+    assert not torch.equal(plain, adapted)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,12 @@ class Acceleration:
     cfg_parallel: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("compile", "tiling", "cfg_parallel"):
+            if not isinstance(getattr(self, name), bool):
+                raise ParameterError(name, getattr(self, name), "True or False is accepted")
+        for name in ("attention", "offload", "cache", "quantization"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise ParameterError(name, getattr(self, name), "a text or None is accepted")
         for name, known in (("offload", OFFLOADS), ("quantization", QUANTIZATIONS)):
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -58,8 +64,8 @@ class Acceleration:
         if self.quantization == "int8" and self.offload is not None:
             raise UsageError(f"quantization='int8' with offload={self.offload!r}: choose one of them, or fp8")
         for name in ("ulysses", "ring"):
-            if getattr(self, name) < 1:
-                raise ParameterError(name, getattr(self, name), "1 or more ranks are accepted")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ParameterError(name, getattr(self, name), "1 or more ranks are accepted, a whole number")
         if self.cache is not None and self.ranks > 1:
             raise UsageError(
                 f"cache={self.cache!r} with {self.ranks} ranks: each would leave out other steps; choose one of them"
@@ -155,6 +161,6 @@ def parse_cache(text: str) -> tuple[str, float]:
         value = -1.0
     if name == "first_block" and not 0 < value < 1:
         raise ParameterError("cache", text, "a share between 0 and 1 is accepted, as in first_block:0.05")
-    if name == "taylorseer" and not (value >= 2 and value == int(value)):
+    if name == "taylorseer" and not (value >= 2 and value.is_integer()):
         raise ParameterError("cache", text, "a whole number of steps from 2 on is accepted, as in taylorseer:5")
     return name, value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -19,9 +18,6 @@ from triptych.components.repository import Repository
 from triptych.errors import ComponentFileError
 
 log = logging.getLogger(__name__)
-
-_LOADING = threading.Lock()
-"""Held while a LoRA's layers are built: for that, PEFT changes how any module of the process is made."""
 
 
 class Adapters:
@@ -132,6 +128,9 @@ class _Adapted:
             delete_adapter_layers(self.module, adapter)
 
     def _load(self, lora: Lora) -> None:
+        from triptych.components.blueprint import building
+        from triptych.components.context_parallel import undivided
+
         check_peft()
         began = time.perf_counter()
         path = lora.place.local(self.repository)
@@ -141,7 +140,7 @@ class _Adapted:
         options: dict[str, Any] = {"load_into_transformer_2": True} if self.name == "transformer_2" else {}
         self._changed = True
         _leave_unsaid()
-        with _LOADING:
+        with building, undivided(self.module):
             try:
                 _loader(self.oracle, self.name, self.module).load_lora_weights(
                     str(path.parent),

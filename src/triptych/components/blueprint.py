@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,24 +20,30 @@ from triptych.components.need import Need
 from triptych.components.repository import Repository
 from triptych.errors import ComponentFileError, ModelError, did_you_mean
 
-__all__ = ["Blueprint", "CannotLoadByKey", "Slot", "component_class", "draw", "draw_hollow", "has_weights"]
+__all__ = ["Blueprint", "CannotLoadByKey", "Slot", "building", "component_class", "draw", "draw_hollow", "has_weights"]
 
 LIBRARIES = ("diffusers", "transformers")
 """The libraries whose classes a repository may name. Code that ships inside a repository is never run."""
 
-_drawing = threading.Lock()
-"""Building a module without weights changes the process's default dtype and how modules take their parameters."""
+building = threading.RLock()
+"""Held while a library builds modules: for that it changes the process's default dtype and how modules take parameters."""
 
 
 @dataclass
 class Slot:
-    """One weight of a module: where it goes (tied weights go to several places) and what it becomes."""
+    """One weight of a module: where it goes (tied weights go to several places) and what it becomes.
+
+    Attributes:
+        source: the tensor of the checkpoint that it is loaded from.
+        copies: others that the checkpoint has for it: of tied weights, or under a name of older ones.
+    """
 
     places: list[tuple[torch.nn.Module, str]]
     names: list[str]
     tensor: torch.Tensor
     dtype: torch.dtype
     source: TensorInfo | None = None
+    copies: list[TensorInfo] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -160,17 +166,18 @@ def _construct(
 ) -> torch.nn.Module:
     cls = component_class(repository, component)
     try:
-        with _drawing, _no_weights(dtype):
-            if is_transformers_model(cls):
-                settings = cls.config_class.from_dict(config)
-                for each in (settings, *(getattr(settings, name) for name in settings.sub_configs)):
-                    if each is not None:
-                        each.dtype = dtype
-                module = cls(settings)
-            else:
-                module = cls.from_config(config)
-        if is_transformers_model(type(module)):
-            module.tie_weights()
+        with building:
+            with _no_weights(dtype):
+                if is_transformers_model(cls):
+                    settings = cls.config_class.from_dict(config)
+                    for each in (settings, *(getattr(settings, name) for name in settings.sub_configs)):
+                        if each is not None:
+                            each.dtype = dtype
+                    module = cls(settings)
+                else:
+                    module = cls.from_config(config)
+            if is_transformers_model(type(module)):
+                module.tie_weights()
     except Exception as error:  # whatever the class's own code does with values that make no sense
         problem = f"does not fit {cls.__name__} ({type(error).__name__}: {error})"
         raise ComponentFileError(f"{component}/config.json", problem) from error
@@ -240,6 +247,8 @@ def _find_sources(slots: list[Slot], module: torch.nn.Module, tensors: dict[str,
         if tuple(slot.tensor.shape) != info.shape:
             problem = f"holds {key!r} as {list(info.shape)}, but its configuration says {list(slot.tensor.shape)}"
             raise ComponentFileError(info.file, problem)
+        if slot.source is not None:
+            slot.copies.append(slot.source)
         slot.source = info
     missing = [slot.names[0] for slot in slots if slot.source is None]
     if missing:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,6 +101,26 @@ def _enable_on_cpu(model: Any, config: Any) -> None:
         if hasattr(processor, "_parallel_config"):
             processor._parallel_config = whole
     apply_context_parallel(model, config, model._cp_plan)
+
+
+@contextmanager
+def undivided(model: Any) -> Iterator[None]:
+    """Take away the hooks that divide a model's sequences, if it has them, while a library replaces layers of it.
+
+    A LoRA's layer is put around the model's own. A hook that stayed inside would gather what that gives, and not what
+    is added to it.
+    """
+    whole = getattr(model, "_parallel_config", None)
+    if whole is None or whole.context_parallel_config is None:
+        yield
+        return
+    from diffusers.hooks.context_parallel import apply_context_parallel, remove_context_parallel
+
+    remove_context_parallel(model, model._cp_plan)
+    try:
+        yield
+    finally:
+        apply_context_parallel(model, whole.context_parallel_config, model._cp_plan)
 
 
 def check_inputs(inputs: Mapping[str, Any], ranks: int, *, on_gpu: bool) -> None:

@@ -22,6 +22,8 @@ _WITHOUT = " without "
 HEADER_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
                 "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # fmt: skip
 """A header's floating-point dtypes, under torch's names."""
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
+"""Those of them in which weights are kept, and never computed with."""
 
 
 def parse_dtype(spec: DtypeSpec | None, repository: Repository) -> dict[str, str]:
@@ -69,10 +71,16 @@ def emulated() -> tuple[str, ...]:
 
 
 def checkpoint_dtype(repository: Repository, component: str) -> str | None:
-    """Return the floating-point dtype that most of a component's bytes have, by its headers; None without headers."""
+    """Return the floating-point dtype that most of a component's bytes have, by its headers; None without headers.
+
+    Floats of 8 bits do not count, as nothing is computed in them; where there are no others, it is float32, which
+    diffusers makes of them unless told otherwise.
+    """
     count: Counter[str] = Counter()
     for tensor in repository.tensors(component).values():
-        if tensor.dtype in HEADER_NAMES:
+        if tensor.dtype in EIGHT_BITS:
+            count["float32"] += 0
+        elif tensor.dtype in HEADER_NAMES:
             count[HEADER_NAMES[tensor.dtype]] += tensor.nbytes
     return count.most_common(1)[0][0] if count else None
 

@@ -93,12 +93,19 @@ class HubFiles:
     def _cached(self, revision: str | None) -> Path | None:
         """Return the folder of what earlier downloads left in the hub's cache."""
         from huggingface_hub import snapshot_download
+        from huggingface_hub.constants import HF_HUB_CACHE
         from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.file_download import repo_folder_name
 
         try:  # for one file: asking for all fails where only one role's were downloaded
             return Path(snapshot_download(self.name, revision=revision, local_files_only=True, allow_patterns=_INDEX))
         except LocalEntryNotFoundError:
-            return None
+            if revision is not None:
+                return None
+        # The cache knows no branch of what was only ever asked for by commit, such as a LoRA: then the newest is meant.
+        snapshots = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type="model") / "snapshots"
+        found = [each for each in snapshots.glob("*") if not (each / _INDEX).exists()]
+        return max(found, key=lambda each: each.stat().st_mtime, default=None)
 
     def list(self) -> dict[str, int]:
         return self._sizes

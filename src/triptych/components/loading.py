@@ -6,13 +6,22 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from triptych.components.blueprint import Blueprint, Slot, component_class, draw, draw_hollow, has_weights
+from triptych.components.blueprint import (
+    Blueprint,
+    Slot,
+    building,
+    component_class,
+    draw,
+    draw_hollow,
+    has_weights,
+)
 from triptych.components.cutting import CannotLoadByKey
-from triptych.components.dtypes import HEADER_NAMES, resolve_dtype
+from triptych.components.dtypes import EIGHT_BITS, HEADER_NAMES, resolve_dtype
 from triptych.components.headers import TensorInfo
 from triptych.components.need import Need
 from triptych.components.repository import Repository
@@ -60,10 +69,20 @@ def load_component(
         raise ComponentFileError(f"{name}/", f"has no weight file{repository.variants_hint(name)}")
     try:
         blueprint = draw(repository, name, need, dtype=dtype(), device=device, role=role)
+        fill(blueprint, repository, name, device)
     except CannotLoadByKey as reason:
         log.warning("%s of %s is loaded whole by %s: %s", name, repository.name, cls.__name__, reason)
         return _load_whole(cls, repository, name, device, dtype())
-    fill(blueprint, repository, name, device)
+    small = {each for slot in blueprint.slots if slot.source and (each := slot.source.dtype) in EIGHT_BITS}
+    if small and dtypes.get(name, dtypes["default"]).startswith("auto"):
+        log.warning(
+            "%s of %s is stored as %s, which is nothing to compute in: it is loaded as %s, in more memory, unless a dtype "
+            "is named",
+            name,
+            repository.name,
+            " and ".join(sorted(HEADER_NAMES[each] for each in small)),
+            str(dtype()).removeprefix("torch."),
+        )
     _read_generation_settings(blueprint.module, repository, name)
     return Loaded(blueprint.module, blueprint.nbytes)
 
@@ -76,6 +95,7 @@ def fill(blueprint: Blueprint, repository: Repository, component: str, device: t
 
     Raises:
         ComponentFileError: a weight file is missing or truncated.
+        CannotLoadByKey: what the module has once, the checkpoint has several times and not alike.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -83,8 +103,11 @@ def fill(blueprint: Blueprint, repository: Repository, component: str, device: t
     for slot in blueprint.slots:
         assert slot.source is not None, slot.names
         by_file[slot.source.file].append((slot, slot.source))
-    repository.check_complete(component, by_file)
-    folder = repository.local(component, weights=list(by_file)).parent
+    names = {*by_file, *(copy.file for slot in blueprint.slots for copy in slot.copies)}
+    repository.check_complete(component, names)
+    folder = repository.local(component, weights=sorted(names)).parent
+    for slot in blueprint.slots:
+        _check_copies(slot, folder)
     for name, sources in by_file.items():
         try:
             for batch in _batches(sorted(sources, key=lambda each: each[1].start), device):
@@ -97,6 +120,30 @@ def fill(blueprint: Blueprint, repository: Repository, component: str, device: t
         for key, buffer in part._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 part._buffers[key] = buffer.to(device)
+
+
+def _check_copies(slot: Slot, folder: Path) -> None:
+    """Check that all that a checkpoint has for a weight is the same; else transformers unties what its class ties.
+
+    Raises:
+        ComponentFileError: a weight file is missing or damaged.
+        CannotLoadByKey: it is not the same.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    def read(info: TensorInfo) -> torch.Tensor:
+        try:
+            with safe_open(folder / info.file, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(info.key)
+                return tensor
+        except (SafetensorError, OSError) as error:
+            raise ComponentFileError(info.file, f"cannot be read: {error}") from error
+
+    for copy in slot.copies:
+        assert slot.source is not None, slot.names
+        if copy.dtype != slot.source.dtype or not torch.equal(read(copy), read(slot.source)):
+            problem = "which should be one weight, have different values"
+            raise CannotLoadByKey(f"{copy.key!r} and {slot.source.key!r} of its checkpoint, {problem}")
 
 
 def _without_videos(cls: type[Any], name: str) -> type[Any]:
@@ -151,7 +198,8 @@ def _load_whole(cls: type[Any], repository: Repository, name: str, device: torch
     if "quantization_config" in repository.config(name):
         # Where its weights are to be, a quantiser has to know before it makes them; else it decides that by itself.
         options["device_map"] = {"": device}
-    module, info = _from_pretrained(cls, repository, name, **options)
+    with building:
+        module, info = _from_pretrained(cls, repository, name, **options)
     for problem in ("missing_keys", "mismatched_keys"):
         if keys := sorted(map(str, info.get(problem, ()))):
             raise ComponentFileError(

@@ -193,6 +193,15 @@ class LoraDesk:
     def _layers(self, header: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
         """Return a file's tensors under diffusers' names, with their shapes: converted by the pipeline's own loader."""
         import torch
+        from torch.overrides import TorchFunctionMode
+
+        class Unread(TorchFunctionMode):
+            """Lets a conversion ask what tensors hold that have none: it is one, and no condition on it is met."""
+
+            def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if function in (torch.Tensor.item, torch.Tensor.__bool__) and args[0].is_meta:
+                    return 1.0 if function is torch.Tensor.item else False
+                return function(*args, **kwargs or {})
 
         try:
             # Those of one element, such as alphas, are read by the conversion; the others have shapes only.
@@ -200,7 +209,8 @@ class LoraDesk:
                 key: torch.ones(each.shape) if math.prod(each.shape) == 1 else torch.empty(each.shape, device="meta")
                 for key, each in header.items()
             }
-            converted: Mapping[str, torch.Tensor] = self.oracle.lora_state_dict(blank)
+            with Unread():  # Kohya's: whether a block of zeros may be left out, and the alpha that a file has not
+                converted: Mapping[str, torch.Tensor] = self.oracle.lora_state_dict(blank)
         except Exception as error:  # noqa: BLE001 (diffusers raises anything on layouts that it does not know)
             problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             raise _Unfit(
@@ -214,9 +224,12 @@ class LoraDesk:
         Raises:
             _Unfit: a layer has another size, or none is there.
         """
+        try:
+            stored = self.repository.tensors(component)
+        except ComponentFileError:  # its weights are where the role that runs it is, which finds out what does not fit
+            return
         # Quantised weights lie there in other shapes.
-        stored = self.repository.tensors(component).items()
-        weights = {key: each.shape for key, each in stored if each.dtype.startswith(("F", "BF"))}
+        weights = {key: each.shape for key, each in stored.items() if each.dtype.startswith(("F", "BF"))}
         names = {key.rpartition(".lora_")[0] for key in layers if ".lora_A." in key or ".lora_B." in key}
         known = {name: shape for name in names if (shape := weights.get(f"{name}.weight")) is not None}
         pads = hasattr(self.oracle, "_maybe_expand_lora_state_dict")  # a narrower LoRA is filled up with zeros
@@ -234,10 +247,11 @@ class LoraDesk:
                 raise _Unfit(
                     f"this file is broken: layer {name!r} has rank {down[0]} on one side, {up[1]} on the other"
                 )
-        if component.startswith("transformer") and weights and names:
-            if not known:
-                raise _Unfit(f"this file does not fit the {component}, which has no layer {min(names, default='')!r}")
-            if missing := sorted(names - set(known)):
+        if component.startswith("transformer") and stored and names:
+            missing = sorted(name for name in names if f"{name}.weight" not in stored)
+            if len(missing) == len(names):
+                raise _Unfit(f"this file does not fit the {component}, which has no layer {missing[0]!r}")
+            if missing:
                 log.warning("a LoRA names %d layers that the %s has not: %s", len(missing), component, missing[0])
 
 

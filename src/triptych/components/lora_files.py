@@ -20,8 +20,8 @@ USUAL = "pytorch_lora_weights.safetensors"
 """What diffusers calls the file that it writes into a folder."""
 
 _HUB = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/(.+\.safetensors))?")
-_SAMPLE = 65_536
-"""Bytes that are read of a file's middle and of its end to tell it from another with the same header."""
+_BLOCK = 2**20
+"""Bytes of a file that are hashed at a time."""
 _TOLD = 8
 """Names that an error lists."""
 
@@ -82,7 +82,7 @@ def find(path: str, repository: Repository, folders: Sequence[Path] | None) -> P
 
 
 def fingerprint(place: Place, repository: Repository) -> str:
-    """Return what tells a file from others: a hash of its header and of samples of its data, or of its commit.
+    """Return what tells a file from others: a hash of its content, or of its commit.
 
     Raises:
         ComponentFileError: it cannot be read.
@@ -90,13 +90,12 @@ def fingerprint(place: Place, repository: Repository) -> str:
     files = place.files(repository)
     if files.revision is not None:
         return xxhash.xxh3_64_hexdigest(f"{files.revision} {place.file}".encode())
-    _, size = tensors(place, repository)
-    header = 8 + int.from_bytes(files.read(place.file, 0, 8), "little")
-    digest = xxhash.xxh3_64(files.read(place.file, 0, header))
-    for start in ((header + size) // 2, max(header, size - _SAMPLE)):
-        digest.update(files.read(place.file, start, start + _SAMPLE))
-    digest.update(size.to_bytes(8, "little"))
-    return digest.hexdigest()
+    path = place.local(repository)
+    try:
+        stat = path.stat()
+        return _hash(path, stat.st_mtime_ns, stat.st_size)
+    except OSError as error:
+        raise ComponentFileError(str(path), f"cannot be read: {error.strerror}") from error
 
 
 def tensors(place: Place, repository: Repository) -> tuple[dict[str, TensorInfo], int]:
@@ -142,7 +141,9 @@ def _find_here(path: str) -> Place | None:
     return Place(str(here.resolve()), None, _the_one(path, [each.name for each in sorted(here.glob(f"*{SUFFIX}"))]))
 
 
+@lru_cache(maxsize=64)
 def _find_on_hub(path: str, repo_id: str, file: str | None) -> Place:
+    """Find a file on the hub; the commit that it was found at is kept to, also where the hub cannot be reached later."""
     try:
         files = HubFiles(repo_id, None)
         names = [name for name in files.list() if name.endswith(SUFFIX)]
@@ -179,6 +180,16 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:_TOLD]) + more
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
+def _hash(path: Path, changed: int, size: int) -> str:
+    """Return a hash of a whole file; it is read again once it has changed."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=64)
 def _hub(repo_id: str, revision: str) -> HubFiles:
     return HubFiles(repo_id, revision)

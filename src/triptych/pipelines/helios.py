@@ -430,8 +430,8 @@ class Helios(Family):
 
     def enlargement(self, parameters: Mapping[str, Any]) -> float:
         made = self.chunks(parameters) * self.frames_per_chunk(parameters)
-        seen = sum(parameters["history_sizes"]) * self.frames_per_latent  # what a chunk looks back at takes room, too
-        return (made + seen) / float(parameters["num_frames"])
+        seen: int = sum(parameters["history_sizes"]) * self.frames_per_latent  # what a chunk looks back at takes room
+        return (made + seen) / int(parameters["num_frames"])
 
     @property
     def frames_per_latent(self) -> int:

@@ -52,6 +52,7 @@ class Accelerated:
         self._device = device
         if not asked:
             return
+        self._adaptable = {get_module_role(name) for name in family.loras.loadable} if family.loras else set()
         mine = needs if roles else family.needs(WORKERS, tasks)
         repository = family.repository
         for role, names in self._components(mine, roles, family).items():
@@ -88,7 +89,7 @@ class Accelerated:
 
         Raises:
             ParameterError: it is to be exact, and a role computes something else than diffusers' pipeline does; or it
-                brings a LoRA, and a role's weights are not where or what a LoRA could change.
+                brings a LoRA, and the weights that it could change are not where or what they would have to be.
         """
         for role, each in self.asked.items():
             if roles is not None and role not in roles:
@@ -97,10 +98,14 @@ class Accelerated:
                 names = " and ".join(each.inexact)
                 problem = f"the {role} runs with {names}, which changes numbers: only exact=False is accepted"
                 raise ParameterError("exact", True, problem)
-            if fields.get("lora") and (kept := each.quantization or each.offload):
-                raise ParameterError(
-                    "lora", fields["lora"], f"none is accepted where the {role}'s weights are kept as {kept}"
-                )
+            if (kept := each.quantization or each.offload) is None:
+                continue
+            problem = f"none is accepted where the {role}'s weights are kept as {kept}"
+            if fields.get("lora") and role in self._adaptable:
+                raise ParameterError("lora", fields["lora"], problem)
+            second = fields.get("stage_2_lora")  # settled where there is a second stage: then it says what it changes
+            if isinstance(second, Mapping) and role in map(get_module_role, second["components"]):
+                raise ParameterError("stage_2_lora", second["file"], problem)
 
     def _components(
         self, needs: Mapping[str, Need], roles: Collection[RoleType], family: Family
