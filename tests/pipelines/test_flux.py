@@ -181,6 +181,15 @@ NEGATIVE_EMBEDS: dict[str, Any] = {
             {**EMBEDS, **POOLED, **NEGATIVE_EMBEDS, "true_cfg_scale": 2.0},
             ParameterError, "negative_prompt_embeds=.*the shape of `prompt_embeds`",
         ),
+        ({**EMBEDS, "pooled_prompt_embeds": "pooled"}, ParameterError, "pooled_prompt_embeds='pooled': a tensor"),
+        ({**EMBEDS, **POOLED, "prompt_embeds": torch.zeros(24, 20)}, ParameterError, r"\(any, any, any\)"),
+        ({**EMBEDS, **POOLED, "prompt_embeds": torch.zeros(1, 24, 20).long()}, ParameterError, "floating point"),
+        ({"latents": "noise"}, ParameterError, "latents='noise': a tensor"),
+        ({"latents": torch.zeros(1, 3, 5)}, ParameterError, r"latents='of shape \(1, 3, 5\) .*\(1, 48, 20\)"),
+        (
+            {"latents": torch.zeros(1, 48, 20), "num_images_per_prompt": 2},
+            ParameterError, r"\(2, 48, 20\), is accepted",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_with_a_reason(

@@ -237,6 +237,8 @@ def test_without_a_size_the_picture_has_128_latents_a_side(flux: Parity) -> None
         ({"image": []}, ParameterError, "one or more reference images"),
         ({"image": "fox.png"}, ParameterError, "image='fox.png'"),
         ({"image": picture(30, 63, 64)}, ParameterError, "image="),
+        ({"prompt": None, "prompt_embeds": "x"}, ParameterError, "prompt_embeds='x': a tensor"),
+        ({"latents": torch.zeros(1, 24, 6, 8)}, ParameterError, r"latents='of shape .*\(1, \d+, 8, 6\)"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_a_reason(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -92,6 +93,49 @@ def test_a_reference_beyond_a_megapixel_is_shrunk_as_diffusers_does(klein: Parit
     assert width * height < large.width * large.height
     state = klein.model.admit(triptych.Request(prompt=PROMPT, image=large))
     assert (state.fields["width"], state.fields["height"]) == (width // 8 * 8, height // 8 * 8)
+
+
+def in_mode(mode: str, width: int, height: int) -> Image.Image:
+    """A reference image in a mode that does not travel."""
+    if mode == "I;16":
+        return Image.fromarray(np.asarray(picture(30, width, height).convert("L")).astype(np.uint16) * 2)
+    return picture(30, width, height).convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"),
+    [
+        ("P", (85, 70)),
+        ("CMYK", (85, 70)),
+        ("I;16", (85, 70)),
+        pytest.param("P", (1300, 1000), marks=pytest.mark.slow),
+    ],
+)
+def test_a_reference_in_a_mode_that_does_not_travel_is_read_as_diffusers_does(
+    klein: Parity, mode: str, size: tuple[int, int]
+) -> None:
+    image, call = in_mode(mode, *size), {**PLAIN, "num_inference_steps": 1}
+    assert image.mode == mode
+    edited = klein.check(**call, image=image)
+    # What a server admits goes to the encoder as bytes.
+    front = triptych.load(klein.repo, role="server", device="cpu")
+    state = front.admit(triptych.Request(**call, image=image, seed=7, output_type="pt"))
+    for role in ROLES:
+        state = klein.roles[role].run(triptych.State.from_bytes(bytes(state.to_bytes())))
+    assert_same(state.result.images, edited, "from a server")
+
+
+@pytest.mark.parametrize("mode", ["P", "CMYK", "I;16"])
+def test_a_reference_in_a_mode_that_does_not_travel_is_shrunk_before_it_is_converted(klein: Parity, mode: str) -> None:
+    image, processor = in_mode(mode, 1300, 1000), klein.pipeline.image_processor
+    (admitted,) = klein.model.admit(triptych.Request(**CALL, image=image)).fields["image"]
+    shrunk = processor._resize_to_target_area(image, 1024 * 1024)
+    size = {"height": shrunk.height // 8 * 8, "width": shrunk.width // 8 * 8, "resize_mode": "crop"}
+    assert_same(processor.preprocess(admitted, **size), processor.preprocess(shrunk, **size), mode)
+    assert admitted.mode == "RGB" and admitted.size == shrunk.size
+    if mode == "P":
+        converted_first = processor._resize_to_target_area(image.convert("RGB"), 1024 * 1024)
+        assert np.any(np.asarray(converted_first) != np.asarray(admitted))
 
 
 def test_a_distilled_model_takes_no_guidance(tiny_repo: Callable[..., Path]) -> None:
@@ -221,6 +265,9 @@ def test_without_a_size_the_picture_has_128_latents_a_side(klein: Parity) -> Non
         ({"image": "fox.png"}, ParameterError, "image='fox.png'"),
         ({"image": picture(30, 63, 64)}, ParameterError, "image="),
         ({"prompt": []}, ParameterError, "the list is empty"),
+        ({"prompt": None, "prompt_embeds": "x", "negative_prompt_embeds": "z"}, ParameterError, "prompt_embeds='x'"),
+        ({"latents": "noise"}, ParameterError, "latents='noise': a tensor"),
+        ({"latents": torch.zeros(1, 24, 6, 8)}, ParameterError, r"latents='of shape .*\(1, 24, 8, 6\)"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_a_reason(

@@ -388,6 +388,22 @@ def test_the_encoder_loads_no_transformer_and_for_a_prompt_alone_no_vision(exact
         ({"height": 80}, ParameterError, "height=80: .* multiple of 32 .* 64 or 96"),
         ({"width": 5}, ParameterError, "width=5: .* multiple of 32 .* 32$"),
         ({"prompt": None}, UsageError, "`prompt` or `prompt_embeds`"),
+        ({"prompt": "an <|image|>"}, ParameterError, r"prompt='an <\|image\|>': a text without"),
+        ({"crops_coords_top_left": "ab"}, ParameterError, "crops_coords_top_left='ab': two finite numbers"),
+        ({"crops_coords_top_left": [1, 2, 3]}, ParameterError, "two finite numbers"),
+        ({"crops_coords_top_left": [1, float("nan")]}, ParameterError, "two finite numbers"),
+        ({"crops_coords_top_left": 5}, ParameterError, "two finite numbers"),
+        ({"latents": torch.zeros(1, 5, 16, 16)}, ParameterError, r"latents='of shape .*\(1, 5, 16, 24\)"),
+        ({"latents": "noise"}, ParameterError, "latents='noise': a tensor"),
+        ({"prompt": None, "prompt_embeds": "text", "negative_prompt_embeds": "none"}, ParameterError,
+         "prompt_embeds='text': a tensor"),
+        ({"prior_token_ids": [1, 2]}, ParameterError, r"\(1, 24\) tokens"),
+        ({"prior_token_ids": torch.full((1, 24), 37)}, ParameterError, "whole numbers from 0 to 36"),
+        ({"prior_token_ids": torch.full((1, 24), -1)}, ParameterError, "whole numbers from 0 to 36"),
+        ({"prior_token_ids": torch.zeros(1, 24)}, ParameterError, "whole numbers from 0 to 36"),
+        ({"prior_token_ids": torch.zeros(1, 24, dtype=torch.long), "image": picture(30),
+          "prior_token_image_ids": [torch.full((24,), 37)], "source_image_grid_thw": [torch.tensor([[1, 6, 4]])]},
+         ParameterError, "(?s)prior_token_image_ids=.* whole numbers from 0 to 36"),
         ({"sigmas": [1.0, 0.5]}, ParameterError, "as many as steps are accepted: 3"),
         ({"prior_token_ids": torch.zeros(1, 7)}, ParameterError, r"\(1, 24\) tokens .* not \(1, 7\)"),
         (
@@ -417,6 +433,17 @@ def test_a_picture_that_the_model_ends_too_early_is_told_of(exact: Parity, tmp_p
     settings.write_text(json.dumps(content))
     encoder = triptych.load(repo, role="encoder", device="cpu")
     with pytest.raises(ModelError, match=r"ended the picture after \d of 6 tokens"):
+        encoder.run(triptych.Request(**CALL, image=[picture(30)]))
+
+
+def test_a_token_that_is_no_part_of_a_picture_is_told_of(exact: Parity, tmp_path: Path) -> None:
+    repo = shutil.copytree(exact.repo, tmp_path / "repo")
+    settings = repo / "vision_language_encoder" / "generation_config.json"
+    content = json.loads(settings.read_text())
+    content["suppress_tokens"] = [token for token in range(41) if token != 39]
+    settings.write_text(json.dumps(content))
+    encoder = triptych.load(repo, role="encoder", device="cpu")
+    with pytest.raises(ModelError, match="wrote token 39, where pictures are made of those below 37; another seed"):
         encoder.run(triptych.Request(**CALL, image=[picture(30)]))
 
 

@@ -1,6 +1,7 @@
 """LongCat-Image and LongCat-Image-Edit give what diffusers gives, whole and split, and refuse what they cannot do."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -375,6 +376,8 @@ def test_a_role_runs_only_its_own_stages(longcat: Parity, edit: Parity) -> None:
         ({"negative_prompt_embeds": torch.zeros(1, 4, 24)}, UsageError, "only forward one of the two"),
         ({"negative_prompt": None, "negative_prompt_embeds": torch.zeros(2, 4, 24)}, ParameterError, "one prompt"),
         ({"negative_prompt": None, "negative_prompt_embeds": "ugly"}, ParameterError, "one prompt"),
+        ({"latents": "noise"}, ParameterError, "latents='noise': a tensor"),
+        ({"latents": torch.zeros(1, 5, 63)}, ParameterError, "latents='of shape"),
     ],
 )
 def test_texts_that_cannot_be_used_are_refused_with_a_reason(
@@ -393,7 +396,7 @@ def test_texts_that_cannot_be_used_are_refused_with_a_reason(
         ({"width": 5}, "width=5: .* multiple of 32 .* 32$"),
         ({"enable_prompt_rewrite": "no"}, "enable_prompt_rewrite='no': True or False"),
         ({"enable_cfg_renorm": 1}, "enable_cfg_renorm=1: True or False"),
-        ({"cfg_renorm_min": "0.5"}, "cfg_renorm_min='0.5': a number from 0 to 1"),
+        ({"cfg_renorm_min": "0.5"}, "cfg_renorm_min='0.5': a finite number"),
         ({"cfg_renorm_min": 1.5}, "cfg_renorm_min=1.5: a number from 0 to 1"),
     ],
 )
@@ -403,6 +406,21 @@ def test_options_that_cannot_be_used_are_refused_with_a_reason(
     server = triptych.load(longcat.repo, role="server", device="cpu")
     with pytest.raises(ParameterError, match=message):
         server.admit(triptych.Request(**{**DRAWN, **changes}))
+
+
+@pytest.mark.parametrize("placeholder", ["<|image_pad|>", "<|video_pad|>"])
+def test_a_text_that_stands_for_a_picture_is_refused_where_a_processor_reads_it(
+    longcat: Parity, edit: Parity, placeholder: str
+) -> None:
+    text = f"a fox {placeholder}"
+    for parity, call, name in (
+        (longcat, REWRITTEN, "prompt"),
+        (edit, {**GUIDED, "image": picture(30)}, "prompt"),
+        (edit, {**GUIDED, "image": picture(30)}, "negative_prompt"),
+    ):
+        with pytest.raises(ParameterError, match=f"^{name}='{re.escape(text)}': a text without"):
+            parity.model.admit(triptych.Request(**{**call, name: text}))
+    longcat.check(**{**DRAWN, "prompt": text})
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,9 @@ def test_without_a_size_the_picture_has_128_latents_a_side(qwen: Parity) -> None
         ({"prompt": None}, UsageError, "`prompt` or `prompt_embeds`"),
         ({"prompt_embeds": torch.zeros(1, 2, 24)}, UsageError, "Cannot forward both `prompt`"),
         ({"negative_prompt": ["a", "b"], "prompt": ["a"]}, ParameterError, "1 prompts need as many"),
+        ({"prompt": None, "prompt_embeds": "text"}, ParameterError, "prompt_embeds='text': a tensor"),
+        ({"latents": "noise"}, ParameterError, "latents='noise': a tensor"),
+        ({"latents": torch.zeros(1, 47, 24)}, ParameterError, r"latents='of shape .*\(1, 48, 24\)"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_a_reason(

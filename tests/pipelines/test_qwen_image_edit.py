@@ -298,6 +298,11 @@ def test_roles_load_the_vision_tower_and_half_an_autoencoder_but_no_head_and_not
         ({"width": 5}, ParameterError, "width=5: .* multiple of 64 .* 64$"),
         ({"prompt": None}, UsageError, "`prompt` or `prompt_embeds`"),
         ({"max_sequence_length": 1025}, UsageError, "cannot be greater than 1024"),
+        ({"prompt": "a <|image_pad|>"}, ParameterError, r"^prompt='a <\|image_pad\|>': a text without"),
+        ({"prompt": "a <|video_pad|>"}, ParameterError, r"^prompt='a <\|video_pad\|>': a text without"),
+        ({"negative_prompt": "<|image_pad|>"}, ParameterError, r"negative_prompt='<\|image_pad\|>': a text without"),
+        ({"prompt": None, "prompt_embeds": "text"}, ParameterError, "prompt_embeds='text': a tensor"),
+        ({"latents": torch.zeros(2, 2, 24)}, ParameterError, r"latents='of shape .*\(1, 2, 24\)"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_a_reason(

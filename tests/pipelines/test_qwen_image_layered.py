@@ -1,5 +1,7 @@
 """Qwen-Image-Layered gives what diffusers gives, whole and split, and refuses what it cannot do."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -277,6 +279,8 @@ def test_no_role_loads_what_another_one_runs(layered: Parity) -> None:
         ({"prompt": None, "prompt_embeds": torch.zeros(2, 3, 24)}, ParameterError, "one prompt at a time"),
         ({"max_sequence_length": 1025}, UsageError, "cannot be greater than 1024"),
         ({"height": 640}, UsageError, "no parameter 'height'"),
+        ({"prompt": None, "prompt_embeds": "text"}, ParameterError, "prompt_embeds='text': a tensor"),
+        ({"latents": torch.zeros(1, 5, 24)}, ParameterError, "latents='of shape"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_a_reason(
@@ -285,6 +289,20 @@ def test_what_cannot_be_done_is_refused_with_a_reason(
     server = triptych.load(layered.repo, role="server", device="cpu")
     with pytest.raises(error, match=message):
         server.admit(triptych.Request(**{**CALL, "image": picture(30), **changes}))
+
+
+def test_the_transformer_keeps_the_positions_of_a_limited_number_of_sizes(layered: Parity) -> None:
+    embedder = layered.model.components["transformer"].pos_embed
+    device = torch.device("cpu")
+    first = [
+        weakref.ref(embedder._compute_video_freqs(1, 2, 2, 0, device)),
+        weakref.ref(embedder._compute_condition_freqs(1, 2, 2, device)),
+    ]
+    assert all(each() is not None for each in first)
+    for width in range(3, 40):
+        embedder([[(1, 2, width), (1, 2, width)]], max_txt_seq_len=4, device=device)
+    gc.collect()
+    assert [each() for each in first] == [None, None]
 
 
 @pytest.mark.usefixtures("small")

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 
 import triptych
 from triptych.errors import ParameterError, UnknownParameterError, UsageError
+from triptych.pipelines.base import check_inputs
 
 from . import parity
 from .parity import DTYPES, ROLES, Forwards, Parity, assert_same, differ
@@ -242,8 +243,14 @@ def test_what_has_no_effect_without_guidance_is_remarked_on(
         ({"clip_skip": 3}, ParameterError, "clip_skip=3: a whole number from 0 to 2 "),
         ({"skip_guidance_layers": [3]}, ParameterError, "skip_guidance_layers=.*layers from 0 to 2 "),
         ({"skip_guidance_layers": 1}, ParameterError, "a list of layers"),
-        ({"skip_layer_guidance_stop": "late"}, ParameterError, "skip_layer_guidance_stop='late': a number"),
-        ({"mu": "much"}, ParameterError, "mu='much': a number"),
+        ({"skip_layer_guidance_stop": "late"}, ParameterError, "skip_layer_guidance_stop='late': a finite number"),
+        ({"mu": "much"}, ParameterError, "mu='much': a finite number"),
+        (
+            {"prompt": None, "prompt_embeds": "x", "negative_prompt_embeds": "z"},
+            ParameterError,
+            "prompt_embeds='x': a tensor",
+        ),
+        ({"latents": torch.zeros(1, 5, 12, 16)}, ParameterError, r"latents='of shape .*\(1, 5, 16, 12\)"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_a_reason(
@@ -252,6 +259,14 @@ def test_what_cannot_be_done_is_refused_with_a_reason(
     server = triptych.load(sd3.repo, role="server", device="cpu")
     with pytest.raises(error, match=message):
         server.admit(triptych.Request(**{**PLAIN, **changes}))
+
+
+def test_what_diffusers_cannot_compare_is_refused_as_the_callers_fault(sd3: Parity) -> None:
+    embeds = {"prompt_embeds": "x", "pooled_prompt_embeds": "x"}
+    negative = {f"negative_{name}": value for name, value in embeds.items()}
+    parameters = {**PLAIN, "prompt": None, **embeds, **negative}
+    with pytest.raises(UsageError, match="has no attribute 'shape'"):
+        check_inputs(sd3.pipeline, parameters)
 
 
 def test_a_bfloat16_repository_runs_in_float32_and_by_default_in_bfloat16(tiny_repo: TinyRepo) -> None:

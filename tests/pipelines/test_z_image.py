@@ -207,6 +207,27 @@ def test_a_negative_prompt_without_guidance_is_remarked_on(z_image: Parity, capl
     assert "guidance needs guidance_scale > 0" in caplog.text
 
 
+def test_pictures_of_the_largest_size_and_texts_of_the_greatest_length_are_those_of_diffusers(z_image: Parity) -> None:
+    call = {**PLAIN, "num_inference_steps": 1}
+    assert z_image.check(**{**call, "height": 1040, "width": 16}).shape[-2:] == (1040, 16)
+    assert z_image.check(**{**call, "height": 16, "width": 1088}).shape[-2:] == (16, 1088)
+    embeds = torch.randn(128, 20, generator=torch.Generator().manual_seed(1))
+    z_image.check(**{**call, "prompt": None}, prompt_embeds=[embeds])
+    with pytest.raises(IndexError):
+        z_image.diffusers(**{**call, "height": 1048, "width": 16})
+    with pytest.raises(IndexError):
+        z_image.diffusers(**{**call, "prompt": None}, prompt_embeds=[torch.cat([embeds, embeds[:1]])])
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_a_text_of_more_tokens_than_the_transformer_has_positions_for_is_refused(z_image: Parity, name: str) -> None:
+    request = triptych.Request(**{**GUIDED, name: "many leaves " * 60})
+    with pytest.raises(ParameterError, match=f"^{name}=.*at most 128 tokens are accepted.*these are"):
+        z_image.roles["encoder"].run(request)
+    shorter = triptych.Request(**{**GUIDED, name: "many leaves " * 60}, max_sequence_length=128)
+    assert z_image.roles["encoder"].run(shorter).next_role is not None
+
+
 TEXT = torch.zeros(3, 20)
 
 
@@ -215,6 +236,8 @@ TEXT = torch.zeros(3, 20)
     [
         ({"height": 60}, ParameterError, "height=60: .* multiple of 8 .* 56 or 64"),
         ({"width": 5}, ParameterError, "width=5: .* multiple of 8 .* 8$"),
+        ({"height": 1048}, ParameterError, "height=1048: at most 1040 is accepted"),
+        ({"width": 1096}, ParameterError, "width=1096: at most 1088 is accepted"),
         ({"guidance_scal": 3.0}, UnknownParameterError, "did you mean 'guidance_scale'"),
         ({"joint_attention_kwargs": {}}, UnknownParameterError, "no parameter 'joint_attention_kwargs'"),
         ({"cfg_truncation": "1"}, ParameterError, "cfg_truncation='1'"),
@@ -226,6 +249,12 @@ TEXT = torch.zeros(3, 20)
             {"prompt": None, "prompt_embeds": [TEXT, TEXT], "negative_prompt_embeds": [TEXT]},
             ParameterError, "2 are expected",
         ),
+        ({"prompt": None, "prompt_embeds": [], "guidance_scale": 0.0}, ParameterError, "give one or more tensors"),
+        ({"prompt_embeds": [None]}, ParameterError, r"prompt_embeds=\[None\]: a list of tensors"),
+        ({"prompt_embeds": ["a"]}, ParameterError, r"prompt_embeds\[0\]='a': .* of shape \(any, any\)"),
+        ({"prompt_embeds": [TEXT[0]]}, ParameterError, r"prompt_embeds\[0\]='of shape \(20,\)"),
+        ({"prompt_embeds": [torch.zeros(129, 20)]}, ParameterError, "at most 128 tokens .* these are 129"),
+        ({"negative_prompt_embeds": [torch.zeros(129, 20)]}, ParameterError, "at most 128 tokens .* these are 129"),
         ({"latents": torch.zeros(1, 6, 16, 16)}, ParameterError, "latents='of shape"),
         ({"latents": torch.zeros(1, 6, 16, 12), "num_images_per_prompt": 2}, ParameterError, "latents='of shape"),
     ],

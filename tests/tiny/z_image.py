@@ -4,7 +4,8 @@ What differs from the defaults of diffusers, and what would go wrong if a consta
 
 - the autoencoder shrinks by 4 (default 8), so a guessed factor changes the size of the picture;
 - 6 latent channels (default 16), with a scale and a shift that both show;
-- the scheduler's shift depends on the picture's size with other coefficients than the fallbacks in the pipeline.
+- the scheduler's shift depends on the picture's size with other coefficients than the fallbacks in the pipeline;
+- the transformer knows fewer positions of tokens, rows and columns than by default (1024, 512 and 512).
 
 The text encoder is a `Qwen3Model` of four layers: the pipeline reads the last hidden state but one, so its last layer
 and its norm are idle.
@@ -58,7 +59,7 @@ def build(path: Path, *, seed: int = 0, dtype: str = "float32") -> Path:
         rope_theta=190.0,
         t_scale=900.0,
         axes_dims=[4, 6, 6],
-        axes_lens=[140, 40, 48],
+        axes_lens=[140, 130, 136],
     )
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import Need
 from triptych.errors import ParameterError
-from triptych.pipelines.base import Family, check_inputs, check_multiple
+from triptych.pipelines.base import Family, check_inputs, check_latents, check_multiple, check_tensors
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
@@ -21,6 +21,13 @@ from triptych.state import View
 
 if TYPE_CHECKING:
     import torch
+
+
+EMBEDDINGS = {
+    "prompt_embeds": (None, None, None), "pooled_prompt_embeds": (None, None),
+    "negative_prompt_embeds": (None, None, None), "negative_pooled_prompt_embeds": (None, None),
+}  # fmt: skip
+"""Dimensions of the embeddings that a request may give."""
 
 
 class TextEncoding(Stage):
@@ -199,7 +206,7 @@ class Flux(Family):
 
 
 def check_text(parameters: Mapping[str, Any], helpers: Any) -> None:
-    """Check the prompts, the embeddings that take their place, and what guidance needs.
+    """Check the prompts, the embeddings and latents that are given, and what guidance needs; the size is settled.
 
     Raises:
         UsageError: something is missing, given twice or of another shape.
@@ -207,7 +214,11 @@ def check_text(parameters: Mapping[str, Any], helpers: Any) -> None:
     for name in ("prompt_2", "negative_prompt_2"):
         if not isinstance(parameters[name], (str, type(None))):
             raise ParameterError(name, parameters[name], "a text is accepted, the same for every prompt")
+    check_tensors(parameters, EMBEDDINGS)
     check_inputs(helpers, parameters)
+    patch = helpers.vae_scale_factor * 2
+    tokens = (parameters["height"] // patch) * (parameters["width"] // patch)
+    check_latents(parameters, (tokens, helpers.vae.config.latent_channels * 4))
     embeds, negative_embeds = parameters["prompt_embeds"], parameters["negative_prompt_embeds"]
     guided = true_guidance(parameters["true_cfg_scale"], parameters["negative_prompt"], negative_embeds)
     if guided and embeds is not None and negative_embeds is not None and embeds.shape != negative_embeds.shape:

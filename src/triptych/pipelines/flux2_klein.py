@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import Need
 from triptych.errors import ParameterError
-from triptych.pipelines.base import Family, check_inputs, check_multiple
+from triptych.pipelines.base import Family, check_inputs, check_latents, check_multiple, check_tensors
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
@@ -188,18 +188,26 @@ class Flux2Klein(Family):
         return "edit" if parameters["image"] is not None else "text-to-image"
 
     def admit(self, parameters: dict[str, Any], helpers: Any) -> None:
+        check_tensors(parameters, dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), (None, None, None)))
         check_inputs(helpers, parameters)
         if parameters["image"] is not None:
             images = parameters["image"] if isinstance(parameters["image"], (list, tuple)) else [parameters["image"]]
             if not images:
                 raise ParameterError("image", parameters["image"], "give one or more reference images, or leave it out")
-            parameters["image"] = list(images)
-            sizes = [fit(helpers, image)[1:] for image in images]
-            parameters["width"] = parameters["width"] or sizes[0][0]
-            parameters["height"] = parameters["height"] or sizes[0][1]
+            fitted = [fit(helpers, image) for image in images]
+            # Not every mode travels. The oracle shrinks first, which in a palette is to leave pixels out.
+            parameters["image"] = [
+                image if image.mode == "RGB" else shrunk.convert("RGB") for image, (shrunk, _, _) in zip(images, fitted)
+            ]
+            _, width, height = fitted[0]
+            parameters["width"] = parameters["width"] or width
+            parameters["height"] = parameters["height"] or height
         for name in ("height", "width"):
             parameters[name] = parameters[name] or helpers.default_sample_size * helpers.vae_scale_factor
-        check_multiple(parameters, ("height", "width"), helpers.vae_scale_factor * 2)
+        patch = helpers.vae_scale_factor * 2
+        check_multiple(parameters, ("height", "width"), patch)
+        rows, columns = parameters["height"] // patch, parameters["width"] // patch
+        check_latents(parameters, (helpers.vae.config.latent_channels * 4, rows, columns))
 
 
 def positions(state: View, latent_ids: torch.Tensor) -> torch.Tensor:

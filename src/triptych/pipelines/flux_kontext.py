@@ -103,13 +103,18 @@ def fit_size(parameters: dict[str, Any], helpers: Any) -> None:
     The oracle's arithmetic, which is part of its call and no method of its own.
 
     Raises:
-        ParameterError: the area is no number, or a side of that shape has no token in it.
+        ParameterError: the area is no number, a side of that shape has no token in it, or the numbers are beyond measure.
     """
     height, width, area = (parameters[name] for name in ("height", "width", "max_area"))
     if isinstance(area, bool) or not isinstance(area, (int, float)) or area <= 0:
         raise ParameterError("max_area", area, "a number of pixels is accepted")
-    multiple, ratio = helpers.vae_scale_factor * 2, width / height
-    sides = round((area / ratio) ** 0.5), round((area * ratio) ** 0.5)
+    multiple = helpers.vae_scale_factor * 2
+    try:
+        ratio = width / height
+        sides = round((area / ratio) ** 0.5), round((area * ratio) ** 0.5)
+    except (OverflowError, ZeroDivisionError) as error:
+        largest = max(("height", "width", "max_area"), key=lambda name: parameters[name])
+        raise ParameterError(largest, parameters[largest], "less is accepted: no picture is as large") from error
     fitted = tuple(side // multiple * multiple for side in sides)
     for name, side in zip(("height", "width"), fitted):
         if not side:

@@ -22,12 +22,20 @@ Where the oracle cannot be followed:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import VISION, Need
 from triptych.errors import ModelError, ParameterError
-from triptych.pipelines.base import Family, check_inputs, check_multiple
+from triptych.pipelines.base import (
+    Family,
+    check_inputs,
+    check_latents,
+    check_multiple,
+    check_placeholders,
+    check_tensors,
+)
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
@@ -72,7 +80,7 @@ class PriorGeneration(Stage):
         """Draw the tokens of a picture, and of the preview that comes first where no pictures are given.
 
         Raises:
-            ModelError: the model ended the picture too early.
+            ModelError: the model ended the picture too early, or wrote what is no part of one.
         """
         length, skipped, rows, columns = self.helpers._compute_generation_params(
             image_grid_thw=inputs["image_grid_thw"], is_text_to_image=not given
@@ -85,6 +93,13 @@ class PriorGeneration(Stage):
         if len(tokens) != rows * columns:
             raise ModelError(
                 f"the autoregressive model ended the picture after {len(tokens)} of {rows * columns} tokens; "
+                "another seed or prompt may do"
+            )
+        # The model knows more tokens than there are parts of pictures, and its settings may let it draw any.
+        parts = self.transformer.config.prior_vq_quantizer_codebook_size
+        if (strange := int(tokens.max())) >= parts:
+            raise ModelError(
+                f"the autoregressive model wrote token {strange}, where pictures are made of those below {parts}; "
                 "another seed or prompt may do"
             )
         prior: torch.Tensor = self.helpers._upsample_token_ids(tokens, rows, columns)
@@ -347,8 +362,16 @@ class GlmImage(Family):
             sizes = [parameters["image"][0].height, parameters["image"][0].width]
         for name, size in zip(("height", "width"), sizes):
             parameters[name] = parameters[name] or size
+        check_tensors(parameters, dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), (None, None, None)))
         check_inputs(helpers, parameters)
-        check_prior(parameters, parameters["height"] * parameters["width"] * 4 // multiple**2)
+        if parameters["prior_token_ids"] is None:
+            check_placeholders(parameters, ["prompt"], [helpers.processor.image_token])
+        config = helpers.transformer.config
+        tokens = parameters["height"] * parameters["width"] * 4 // multiple**2
+        check_prior(parameters, tokens, config.prior_vq_quantizer_codebook_size)
+        sides = [parameters[name] // helpers.vae_scale_factor for name in ("height", "width")]
+        check_latents(parameters, (config.in_channels, *sides))
+        check_crop(parameters)
         check_schedule(parameters)
 
 
@@ -401,11 +424,15 @@ def fit(helpers: Any, picture: Any, multiple: int) -> Any:
     return picture
 
 
-def check_prior(parameters: Mapping[str, Any], tokens: int) -> None:
+def check_prior(parameters: Mapping[str, Any], tokens: int, parts: int) -> None:
     """Check embeddings and tokens that are given in place of what the encoder makes.
 
+    Args:
+        tokens: how many a picture of the request's size has.
+        parts: how many tokens there are to make pictures of.
+
     Raises:
-        ParameterError: they are of another prompt's, picture's or size's number.
+        ParameterError: they are of another prompt's, picture's or size's number, or no parts of pictures.
     """
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         if parameters[name] is not None and len(parameters[name]) > 1:
@@ -413,15 +440,47 @@ def check_prior(parameters: Mapping[str, Any], tokens: int) -> None:
     prior = parameters["prior_token_ids"]
     if prior is None:
         return
-    if tuple(prior.shape) != (1, tokens):
-        reason = f"(1, {tokens}) tokens are accepted for this size, not {tuple(prior.shape)}"
-        raise ParameterError("prior_token_ids", prior, reason)
+    shape = tuple(getattr(prior, "shape", ()))
+    if shape != (1, tokens):
+        raise ParameterError("prior_token_ids", prior, f"(1, {tokens}) tokens are accepted for this size, not {shape}")
     if parameters["image"] is None:
+        check_codes("prior_token_ids", [prior], parts)
         return
     ids, grids = parameters["prior_token_image_ids"], parameters["source_image_grid_thw"]
     if ids is None or len(ids) != 1 or len(grids) != 1 or len(grids[0]) != len(parameters["image"]):
         reason = "with pictures and prior_token_ids, give one list entry for all pictures, and a grid for each"
         raise ParameterError("prior_token_image_ids", ids, reason)
+    check_codes("prior_token_ids", [prior], parts)
+    check_codes("prior_token_image_ids", ids, parts)
+
+
+def check_codes(name: str, given: Sequence[Any], parts: int) -> None:
+    """Check that tokens are parts of pictures.
+
+    Raises:
+        ParameterError: one is none.
+    """
+    import torch
+
+    for each in given:
+        whole = isinstance(each, torch.Tensor) and each.dtype in (torch.int32, torch.int64)
+        if not whole or not each.numel() or not 0 <= int(each.min()) <= int(each.max()) < parts:
+            raise ParameterError(name, each, f"a tensor of whole numbers from 0 to {parts - 1} is accepted")
+
+
+def check_crop(parameters: Mapping[str, Any]) -> None:
+    """Check where the picture is said to be cut out.
+
+    Raises:
+        ParameterError: these are not two finite numbers.
+    """
+    crop = parameters["crops_coords_top_left"]
+    try:
+        fits = len(crop) == 2 and all(math.isfinite(each) for each in crop)
+    except (TypeError, OverflowError):
+        fits = False
+    if not fits:
+        raise ParameterError("crops_coords_top_left", crop, "two finite numbers are accepted: (top, left)")
 
 
 def check_schedule(parameters: Mapping[str, Any]) -> None:

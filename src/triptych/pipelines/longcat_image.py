@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import VISION, Need
 from triptych.errors import ParameterError
-from triptych.pipelines.base import Family, check_inputs, check_multiple
-from triptych.pipelines.qwen_image_edit import MODES, PIXELS, first, listed
+from triptych.pipelines.base import Family, check_inputs, check_latents, check_multiple, check_placeholders
+from triptych.pipelines.qwen_image_edit import MODES, PIXELS, PLACEHOLDERS, first, listed
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
@@ -207,6 +207,8 @@ class LongCatImage(Family):
         least = parameters["cfg_renorm_min"]
         if isinstance(least, bool) or not isinstance(least, (int, float)) or not 0 <= least <= 1:
             raise ParameterError("cfg_renorm_min", least, "a number from 0 to 1 is accepted")
+        if parameters["enable_prompt_rewrite"]:
+            check_placeholders(parameters, ["prompt"], PLACEHOLDERS)
         check_text(parameters, helpers)
 
 
@@ -286,6 +288,7 @@ class LongCatImageEdit(Family):
     def admit(self, parameters: dict[str, Any], helpers: Any) -> None:
         check_picture(parameters, helpers)
         width, height = scaled(parameters["image"])
+        check_placeholders(parameters, ("prompt", "negative_prompt"), PLACEHOLDERS)
         check_text({**parameters, "width": width, "height": height}, helpers)
         guided = parameters["guidance_scale"] > 1
         for name in ("prompt", "negative_prompt") if guided else ("prompt",):
@@ -299,7 +302,7 @@ def check_text(parameters: Mapping[str, Any], helpers: Any) -> None:
     """Check the prompts of a request, and let the pipeline check them with the rest.
 
     Raises:
-        UsageError: there is no prompt, or two negative ones, or embeddings are not those of one.
+        UsageError: there is no prompt, or two negative ones, or embeddings or latents are not those of one.
     """
     if parameters["prompt"] is None:
         raise ParameterError("prompt", None, "give a text; this pipeline takes no embeddings in its place")
@@ -308,6 +311,9 @@ def check_text(parameters: Mapping[str, Any], helpers: Any) -> None:
     if embeds is not None and (getattr(embeds, "ndim", 0) != 3 or len(embeds) != 1):
         shape = f"of shape {tuple(getattr(embeds, 'shape', ()))}"
         raise ParameterError("negative_prompt_embeds", shape, "those of one prompt are accepted: (1, tokens, width)")
+    patch = helpers.vae_scale_factor * 2
+    tokens = (parameters["height"] // patch) * (parameters["width"] // patch)
+    check_latents(parameters, (tokens, helpers.vae.config.latent_channels * 4))
     if parameters["guidance_scale"] <= 1 and (parameters["negative_prompt"] is not None or embeds is not None):
         log.warning("the negative prompt has no effect: guidance needs guidance_scale > 1")
 

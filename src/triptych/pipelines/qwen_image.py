@@ -6,13 +6,13 @@ Oracle: `diffusers.QwenImagePipeline`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import Need
 from triptych.errors import ParameterError
-from triptych.pipelines.base import Family, check_inputs, check_multiple
+from triptych.pipelines.base import Family, check_inputs, check_latents, check_multiple, check_tensors
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
@@ -237,5 +237,23 @@ class QwenImage(Family):
         for name in ("height", "width"):
             parameters[name] = parameters[name] or helpers.default_sample_size * helpers.vae_scale_factor
         check_multiple(parameters, ("height", "width"), helpers.vae_scale_factor * 2)
-        check_inputs(helpers, parameters)
+        check_given(parameters, helpers, parameters["height"], parameters["width"])
         warn_of_guidance(parameters)
+
+
+def check_given(parameters: Mapping[str, Any], helpers: Any, height: int, width: int, pictures: int = 1) -> None:
+    """Check prompts, embeddings and latents.
+
+    Args:
+        height: pixels of each picture.
+        width: pixels of each picture.
+        pictures: how many there are in one row of latents.
+
+    Raises:
+        UsageError: something is missing, given twice, or of another kind or shape.
+    """
+    check_tensors(parameters, dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), (None, None, None)))
+    check_inputs(helpers, {**parameters, "height": height, "width": width})
+    patch = helpers.vae_scale_factor * 2
+    tokens = (height // patch) * (width // patch) * pictures
+    check_latents(parameters, (tokens, helpers.vae.config.z_dim * 4))

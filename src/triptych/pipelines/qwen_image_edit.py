@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from triptych.components.need import Need
 from triptych.errors import ParameterError
 from triptych.pipelines import qwen_image
-from triptych.pipelines.base import Family, check_inputs, check_multiple
+from triptych.pipelines.base import Family, check_multiple, check_placeholders
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.state import View
@@ -29,6 +29,9 @@ PIXELS = 1024 * 1024
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Kinds of pictures by the channels that an autoencoder takes."""
+
+PLACEHOLDERS = ("<|image_pad|>", "<|video_pad|>")
+"""What stands for pictures and videos in the text that the vision-language model reads."""
 
 
 class TextEncoding(qwen_image.TextEncoding):
@@ -141,7 +144,8 @@ class QwenImageEdit(Family):
         width, height = scaled(images[-1], PIXELS)
         parameters["width"] = parameters["width"] or width // multiple * multiple
         parameters["height"] = parameters["height"] or height // multiple * multiple
-        check_inputs(helpers, parameters)
+        check_placeholders(parameters, ("prompt", "negative_prompt"), PLACEHOLDERS)
+        qwen_image.check_given(parameters, helpers, parameters["height"], parameters["width"])
         qwen_image.warn_of_guidance(parameters)
 
 
@@ -177,10 +181,10 @@ class QwenImageEditPlus(QwenImageEdit):
         self.add_stage(qwen_image.Decoding)
 
     def admit(self, parameters: dict[str, Any], helpers: Any) -> None:
+        self.settle(parameters, helpers, check_pictures(parameters, helpers, self.viewed_areas()))
         embeds = parameters["prompt_embeds"]
         if embeds is not None and len(embeds) > 1:
             raise ParameterError("prompt_embeds", embeds, "this pipeline takes one prompt at a time: one row")
-        self.settle(parameters, helpers, check_pictures(parameters, helpers, self.viewed_areas()))
 
     def viewed_areas(self) -> tuple[int, ...]:
         from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE

@@ -15,12 +15,13 @@ and put back, so that a request always gives the same layers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import Need
 from triptych.errors import ParameterError
 from triptych.pipelines import qwen_image, qwen_image_edit
-from triptych.pipelines.base import Family, check_inputs
+from triptych.pipelines.base import Family
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.drawing import seeded
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 RESOLUTIONS = (640, 1024)
 """The sides of the squares whose area a picture may be scaled to, in pixels; the model knows no others."""
+
+POSITIONS = 32
+"""Of how many layers the transformer keeps the positions: of one of 1024 x 1024 pixels they take 2 MiB."""
 
 EMPTY = (None, "", " ")
 """Prompts in whose place the oracle writes a caption."""
@@ -79,6 +83,10 @@ class QwenLayeredDenoising(qwen_image_edit.QwenEditDenoising):
     """Denoise the packed latents of the whole picture and of each layer, those of the given picture appended."""
 
     reads = qwen_image_edit.QwenEditDenoising.reads | {"layers", "cfg_normalize"}
+
+    def __init__(self, name: str, components: Mapping[str, Any], helpers: Any, device: torch.device) -> None:
+        super().__init__(name, components, helpers, device)
+        limit_positions(self.transformer.pos_embed)
 
     def noise(self, state: View, rows: int, dtype: torch.dtype) -> torch.Tensor:
         channels = self.transformer.config.in_channels // 4
@@ -166,12 +174,22 @@ class QwenImageLayered(Family):
         images = qwen_image_edit.check_pictures(parameters, helpers, (resolution * resolution,))
         if len(images) > 1:
             raise ParameterError("image", parameters["image"], "one picture is taken apart, so give one")
+        width, height = size_of_layers(images, resolution, helpers)
+        qwen_image.check_given(parameters, helpers, height, width, pictures=layers + 1)
         embeds = parameters["prompt_embeds"]
         if embeds is not None and len(embeds) > 1:
             raise ParameterError("prompt_embeds", embeds, "this pipeline takes one prompt at a time: one row")
-        width, height = size_of_layers(images, resolution, helpers)
-        check_inputs(helpers, {**parameters, "width": width, "height": height})
         qwen_image.warn_of_guidance(parameters)
+
+
+def limit_positions(embedder: Any) -> None:
+    """Let a transformer's embedder of positions keep a limited number, its own: its class keeps all, for ever."""
+    from diffusers.utils.torch_utils import lru_cache_unless_export
+
+    # A transformer that knows no layers has no second one.
+    for name in {"_compute_video_freqs", "_compute_condition_freqs"} & vars(type(embedder)).keys():
+        compute = MethodType(getattr(type(embedder), name).__wrapped__, embedder)
+        setattr(embedder, name, lru_cache_unless_export(maxsize=POSITIONS)(compute))
 
 
 def scaled(image: Any, resolution: int) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import Need
 from triptych.errors import ParameterError
-from triptych.pipelines.base import Family, check_inputs, check_multiple
+from triptych.pipelines.base import Family, check_inputs, check_latents, check_multiple, check_tensors
+from triptych.pipelines.flux import EMBEDDINGS
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
@@ -211,7 +212,10 @@ class StableDiffusion3(Family):
         for name in ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3"):
             if not isinstance(parameters[name], (str, type(None))):
                 raise ParameterError(name, parameters[name], "a text is accepted, the same for every prompt")
+        check_tensors(parameters, EMBEDDINGS)
         check_inputs(helpers, parameters)
+        sides = [parameters[name] // helpers.vae_scale_factor for name in ("height", "width")]
+        check_latents(parameters, (helpers.transformer.config.in_channels, *sides))
         check_layers(parameters, helpers)
         if parameters["guidance_scale"] <= 1:
             for name in ("negative_prompt", "negative_prompt_embeds", "skip_guidance_layers"):

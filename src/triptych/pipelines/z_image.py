@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import Need
 from triptych.errors import ParameterError, UsageError
-from triptych.pipelines.base import Family, check_multiple
+from triptych.pipelines.base import Family, check_multiple, check_tensors
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 DEFAULT_SIZE = 1024
 """Pixels a side where a request gives no size. The oracle has it in its call, not as an attribute."""
 
+PATCH = 2
+"""Latents a side of what the transformer takes for one token: the oracle runs it at no other size."""
+
 
 class TextEncoding(Stage):
     """Turn the prompt, and for guidance the negative prompt, into embeddings: lists of one (tokens, width) tensor.
@@ -37,22 +40,26 @@ class TextEncoding(Stage):
 
     role = RoleType.ENCODER
     row_wise = {"text_encoder"}
-    needs = {"text_encoder": Need.hidden(-2), "tokenizer": Need.FULL}
+    needs = {"text_encoder": Need.hidden(-2), "tokenizer": Need.FULL, "transformer": Need.CONFIG}
     writes = {"prompt_embeds", "negative_prompt_embeds"}
     reads = {"prompt", "negative_prompt", "guidance_scale", "max_sequence_length", *writes}
 
     def run(self, state: View) -> None:
         if state.prompt is None:
             return  # embeddings take the place of both prompts
-        state.prompt_embeds = self.embed(state, state.prompt, state.prompt_embeds)
+        state.prompt_embeds = self.embed(state, "prompt", state.prompt, state.prompt_embeds)
         if state.guidance_scale > 0:
             negative, given = state.negative_prompt or "", state.negative_prompt_embeds
-            state.negative_prompt_embeds = self.embed(state, negative, given)
+            state.negative_prompt_embeds = self.embed(state, "negative_prompt", negative, given)
         else:
             state.negative_prompt_embeds = []
 
-    def embed(self, state: View, prompt: str, embeds: list[torch.Tensor] | None) -> list[torch.Tensor]:
-        """Encode one text by itself, so that one which comes again can be remembered."""
+    def embed(self, state: View, name: str, prompt: str, embeds: list[torch.Tensor] | None) -> list[torch.Tensor]:
+        """Encode one text by itself, so that one which comes again can be remembered.
+
+        Raises:
+            ParameterError: it has more tokens than the transformer has positions.
+        """
         encoded: list[torch.Tensor] = self.helpers.encode_prompt(
             prompt=prompt,
             do_classifier_free_guidance=False,
@@ -60,6 +67,7 @@ class TextEncoding(Stage):
             device=self.device,
             max_sequence_length=state.max_sequence_length,
         )[0]
+        check_length(name, prompt, encoded, self.transformer.config)
         return encoded
 
 
@@ -103,7 +111,7 @@ class ZImageDenoising(Denoising):
             state.latents,
         )
         state.scheduler = self.new_scheduler()
-        rows, columns = state.latents.shape[2] // 2, state.latents.shape[3] // 2
+        rows, columns = state.latents.shape[2] // PATCH, state.latents.shape[3] // PATCH
         mu = resolution_shift(calculate_shift, state.scheduler.config, rows * columns)
         sigmas = get_default_z_image_sigmas(steps) if state.sigmas is None else state.sigmas
         state.timesteps, _ = retrieve_timesteps(state.scheduler, steps, self.device, sigmas=sigmas, mu=mu)
@@ -188,30 +196,70 @@ class ZImage(Family):
     def admit(self, parameters: dict[str, Any], helpers: Any) -> None:
         for name in ("height", "width"):
             parameters[name] = parameters[name] or DEFAULT_SIZE
-        check_multiple(parameters, ("height", "width"), helpers.vae_scale_factor * 2)
+        check_multiple(parameters, ("height", "width"), helpers.vae_scale_factor * PATCH)
+        check_largest(parameters, helpers)
         for name in ("cfg_normalization", "cfg_truncation"):
             if not isinstance(parameters[name], (int, float)):
                 raise ParameterError(name, parameters[name], "a number is accepted")
-        check_text(parameters)
+        check_text(parameters, helpers)
         check_latents(parameters, helpers)
 
 
-def check_text(parameters: Mapping[str, Any]) -> None:
+def check_largest(parameters: Mapping[str, Any], helpers: Any) -> None:
+    """Check that the transformer has a position for every part of the picture.
+
+    Raises:
+        ParameterError: the picture is too large.
+    """
+    _, rows, columns = helpers.transformer.config.axes_lens
+    for name, tokens in (("height", rows), ("width", columns)):
+        largest = tokens * PATCH * helpers.vae_scale_factor
+        if parameters[name] > largest:
+            reason = f"at most {largest} is accepted: the model knows no positions beyond"
+            raise ParameterError(name, parameters[name], reason)
+
+
+def check_length(name: str, value: object, embeds: Sequence[torch.Tensor], config: Any) -> None:
+    """Check that the transformer has a position for every token of the texts of one parameter.
+
+    Raises:
+        ParameterError: one is too long.
+    """
+    from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
+
+    # Positions count from 0, which is that of padding; the picture has the one after the text, itself padded.
+    longest = (config.axes_lens[0] - 2) // SEQ_MULTI_OF * SEQ_MULTI_OF
+    for each in embeds:
+        if len(each) > longest:
+            reason = (
+                f"at most {longest} tokens are accepted, the model knows no positions beyond; these are {len(each)}"
+            )
+            raise ParameterError(name, value, reason)
+
+
+def check_text(parameters: Mapping[str, Any], helpers: Any) -> None:
     """Check that there is a prompt, or embeddings for every branch.
 
     Raises:
-        UsageError: something is missing, or embeddings are no list.
+        UsageError: something is missing, or embeddings are no list of tensors, or too long.
     """
     prompt, embeds = parameters["prompt"], parameters["prompt_embeds"]
     negative, guided = parameters["negative_prompt_embeds"], parameters["guidance_scale"] > 0
     for name in ("prompt_embeds", "negative_prompt_embeds"):
-        if parameters[name] is not None and not isinstance(parameters[name], (list, tuple)):
-            raise ParameterError(name, parameters[name], "a list of tensors is accepted, one (tokens, width) a prompt")
+        given = [] if parameters[name] is None else parameters[name]
+        if not isinstance(given, (list, tuple)) or any(each is None for each in given):
+            raise ParameterError(name, given, "a list of tensors is accepted, one (tokens, width) a prompt")
+        for position, each in enumerate(given):
+            entry = f"{name}[{position}]"
+            check_tensors({entry: each}, {entry: (None, None)})
+            check_length(entry, f"of shape {tuple(each.shape)}", [each], helpers.transformer.config)
     if prompt is None and embeds is None:
         raise UsageError("give `prompt` or `prompt_embeds`")
     if prompt is None and guided and negative is None:
         raise UsageError("guidance with `prompt_embeds` needs `negative_prompt_embeds`: give them, or guidance_scale=0")
     count = len(embeds) if prompt is None else 1
+    if not count:
+        raise ParameterError("prompt_embeds", embeds, "give one or more tensors, or a prompt in their place")
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         if parameters[name] is not None and len(parameters[name]) != count:
             raise ParameterError(name, parameters[name], f"{count} are expected, one a prompt")
