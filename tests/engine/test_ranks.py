@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import pytest
 import torch
 
 import triptych
+import triptych.engine  # before ray: it asks for Ray's authentication
+
+import ray  # isort: skip
 from triptych.components.acceleration import Acceleration
 from triptych.engine.pools import parse_pools
 from triptych.engine.ranks import check_room, gpus_of, placed, ranks_of, with_ranks
@@ -87,7 +91,7 @@ def test_a_replica_of_two_ranks_equals_the_whole_to_the_bit_and_is_one_in_death(
 def test_gpus_are_reserved_for_all_ranks_together_or_refused(engine: RayEngine) -> None:
     two = {DENOISER: Acceleration(ulysses=2)}
     assert gpus_of({DENOISER}, {}, two) == 0, "this cluster has none, so the ranks run on the CPU"
-    assert gpus_of({DENOISER}, {DENOISER: 2}, {}) == 2
+    assert gpus_of({DENOISER}, {DENOISER: 1}, {}) == 1
     with pytest.raises(ParameterError, match="gpus='1': 2 ranks need one each"):
         gpus_of({DENOISER}, {DENOISER: 1}, two)
     with pytest.raises(UsageError, match="needs 2 GPUs on one machine, and the cluster's largest has 0"):
@@ -107,6 +111,29 @@ def test_replicas_for_which_there_are_too_few_gpus_are_not_waited_for(engine: Ra
     assert "wait until a machine joins" in caplog.text
     with pytest.raises(ParameterError, match="gpus='1.5': a share of one GPU, or a whole number"):
         gpus_of({DENOISER}, {DENOISER: 1.5}, {})
+
+
+@pytest.mark.parametrize(
+    ("pools", "gpus", "machines", "problem"),
+    [
+        ("encoder=3,denoiser=1,decoder=1", (0.2, 0.3, 0.1), [1], None),  # 1.0000000000000002 as numbers of Python
+        ("encoder=1,denoiser=1,decoder=1", (0.5, 2, 0.5), [1, 2], None),
+        ("encoder=1,denoiser=2,decoder=1", (0.4, 0.6, 0.4), [2], None),
+        ("encoder=1,denoiser=3,decoder=1", (0, 0.6, 0), [2], r"reserve 1.8 GPUs .*there are 2, but not for each on one"),
+        ("encoder=1,denoiser=1,decoder=1", (0.5, 2, 0.5), [2], r"reserve 3 GPUs .*there are 2: let them share"),
+        ("encoder=1,denoiser=1,decoder=1", (0.4, 2, 0), [1, 1, 1], "a replica needs 2 GPUs on one machine.*has 1"),
+        ("encoder=1,denoiser=2,decoder=1", (0, 2, 0), [3, 1], r"reserve 4 GPUs .*there are 4, but not for each on one"),
+    ],
+)  # fmt: skip
+def test_replicas_are_placed_on_cards_and_machines_as_ray_does_it(
+    monkeypatch: pytest.MonkeyPatch, pools: str, gpus: tuple[float, ...], machines: list[int], problem: str | None
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"GPU": float(cards)}} for cards in machines]
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": False, "Resources": {"GPU": 8.0}}, *nodes])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": float(sum(machines))})
+    asked = dict(zip((RoleType.ENCODER, DENOISER, RoleType.DECODER), gpus))
+    with pytest.raises(UsageError, match=problem) if problem else nullcontext():
+        check_room(parse_pools(pools), asked, {}, growing=False)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The pools of a service: what the register knows, and what a router that keeps them does."""
 
+import math
 import os
 import queue
 import time
@@ -7,17 +8,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import triptych
 import triptych.engine  # before ray: it asks for Ray's authentication
 
 import ray  # isort: skip
+from ray.exceptions import RayTaskError
+
 from triptych.engine import ray_pools
 from triptych.engine.inbox import Order
 from triptych.engine.job import Job
 from triptych.engine.pools import parse_pools
-from triptych.engine.ray_cluster import connect
+from triptych.engine.ray_cluster import RUNS, connect, start_replica
 from triptych.engine.ray_pools import SCALE_AFTER, PoolKeeper
 from triptych.engine.ray_register import NAMESPACE, REGISTER, SILENT, Register
 from triptych.engine.ray_replica import RayReplica
@@ -81,7 +85,7 @@ def replica(name: str = "one") -> RayReplica:
 
 
 def register_of(target: int, *members: str) -> Register:
-    register = Register()
+    register = Register(orphaned=math.inf)
     register.declare({"denoiser": {"least": 1, "most": 4, "target": target, "arguments": {}}})
     for name in members:
         register.add(name, "denoiser")
@@ -100,9 +104,32 @@ def test_a_pool_shrinks_by_each_replica_that_is_drained_and_only_once() -> None:
     for name in ("a", "a", "b", "nobody"):
         register.drain(name, shrink=True)
     assert told(register)["pools"]["denoiser"] | {"arguments": None} == {
-        "least": 1, "most": 1, "target": 1, "arguments": None,
+        "least": 1, "most": 4, "target": 1, "arguments": None,
     }  # fmt: skip
     assert [name for name, member in register.members().items() if member["draining"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("before", "after"), [((1, 4, 3), (1, 4, 2)), ((1, 4, 1), (0, 4, 0)), ((2, 2, 2), (1, 1, 1))])
+def test_a_pool_that_shrinks_by_a_replica_may_grow_again_if_it_might_before(
+    before: tuple[int, ...], after: tuple[int, ...]
+) -> None:
+    register, bounds = Register(orphaned=math.inf), ("least", "most", "target")
+    register.declare({"denoiser": {**dict(zip(bounds, before)), "arguments": {}}})
+    register.add("a", "denoiser")
+    register.drain("a", shrink=True)
+    pool = told(register)["pools"]["denoiser"]
+    assert tuple(pool[each] for each in bounds) == after
+
+
+@pytest.mark.parametrize(("least", "most", "target"), [(1, 4, 3), (1, 2, 2), (4, 6, 4)])
+def test_a_router_that_declares_a_known_pool_leaves_it_the_replicas_that_its_bounds_allow(
+    least: int, most: int, target: int
+) -> None:
+    register = register_of(1)
+    register.scale("denoiser", 3)
+    register.declare({"denoiser": {"least": least, "most": most, "target": least, "arguments": {"threads": 1}}})
+    pool = told(register)["pools"]["denoiser"]
+    assert pool == {"least": least, "most": most, "target": target, "arguments": {"threads": 1}}
 
 
 def test_a_pool_does_not_shrink_by_what_is_surplus_or_joined_from_outside() -> None:
@@ -210,6 +237,22 @@ def test_a_replica_that_another_router_has_given_up_is_replaced(
     assert len(keeper.replicas) == 1
 
 
+def test_a_replica_that_was_just_started_outlives_a_register_that_is_started_anew(
+    enter: Callable[..., Keeper],
+) -> None:
+    keeper = enter()
+    keeper.serve("denoiser=1")
+    keeper.pulse()
+    (first,) = keeper.replicas
+    ray.kill(keeper._register, no_restart=False)
+    deadline = time.monotonic() + 20
+    while ray.get(keeper._register.identity.remote()) is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    keeper.pulse()
+    assert set(keeper.replicas) == set(ray.get(keeper._register.members.remote())) == {first}
+
+
 def test_requests_that_wait_at_another_router_make_a_pool_grow(enter: Callable[..., Keeper]) -> None:
     keeper, other = enter(), enter()
     keeper.serve("denoiser=0..1")
@@ -222,6 +265,24 @@ def test_requests_that_wait_at_another_router_make_a_pool_grow(enter: Callable[.
     other.pulse()
     keeper.pulse()
     assert len(keeper.replicas) == 1
+
+
+def test_a_replica_shows_that_it_is_alive_however_many_segments_wait_in_it(cluster: None) -> None:
+    actor = start_replica("full", "/nowhere", "denoiser", {"device": "cpu"}, threads=1, gpus=0, here=True)
+    with pytest.raises(RayTaskError, match="/nowhere"):  # there is nothing to load, and nothing loads any more
+        ray.get(actor.describe.remote(), timeout=60)
+    tickets = [f"ticket {number}" for number in range(RUNS + 10)]
+    runs = [actor.run.options(num_returns=2).remote(Order(ticket), None)[0] for ticket in tickets]
+    deadline = time.monotonic() + 30
+    while ray.get(actor.busy.remote(), timeout=10) < RUNS:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ray.get(actor.hand.remote(Order(tickets[0]), np.zeros(8, np.uint8)), timeout=10)
+    ray.get([actor.cancel.remote(ticket) for ticket in tickets], timeout=10)
+    kinds = [outcome["error"][0] for outcome in ray.get(runs, timeout=10)]
+    ray.kill(actor)
+    assert kinds[0] == "WireError", "its state came, and was none"
+    assert set(kinds[1:]) == {"Cancelled"}
 
 
 def test_a_replica_with_work_of_another_router_is_not_idle() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from triptych.engine.job import Job
 from triptych.engine.replica import Handover, Replica, Ticket
-from triptych.engine.router import Router
+from triptych.engine.router import BESIDE, Router
 from triptych.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -225,6 +225,71 @@ def test_a_request_that_kills_before_it_shows_that_it_computes_is_found_among_ot
     while last.tickets:
         last.answer()
     assert {job.status for job in others} == {"done"}
+
+
+def suspect_that_waits(*replicas: Remote) -> tuple[Router, Job]:
+    """A suspected request whose decoding waits, while the replicas encode as many others as they take."""
+    denoiser = Remote("denoiser", D, slots=8)
+    made = router(*replicas, denoiser)
+    suspect = submit(made, beside=BESIDE)
+    next(each for each in replicas if each.tickets).answer()
+    for each in replicas:
+        for _ in range(each.slots[E]):
+            submit(made)
+    denoiser.answer()
+    assert made.waiting(C)[0].job is suspect
+    assert all(len(each.tickets) == each.slots[E] for each in replicas)
+    return made, suspect
+
+
+def test_a_suspect_gets_its_turn_at_a_replica_that_other_roles_keep_busy() -> None:
+    both = Remote("both", E, C)
+    made, suspect = suspect_that_waits(both)
+    next_one = submit(made)
+    both.answer()
+    assert len(both.tickets) == 1, "nothing is added before the suspect's turn"
+    both.answer()
+    assert [ticket.job for ticket in both.tickets] == [suspect]
+    both.answer()
+    assert suspect.status == "done"
+    assert next_one in [ticket.job for ticket in both.tickets]
+
+
+def test_only_one_replica_is_kept_for_suspects_and_the_others_go_on() -> None:
+    kept, other = Remote("a", E, C), Remote("b", E, C)
+    made, suspect = suspect_that_waits(kept, other)
+    submit(made, beside=BESIDE)
+    kept.answer()
+    for _ in range(3):
+        submit(made)
+        other.answer()
+        assert [len(kept.tickets), len(other.tickets)] == [1, 2]
+    kept.answer()
+    assert [ticket.job for ticket in kept.tickets] == [suspect]
+
+
+@pytest.mark.parametrize("change", ["lost", "drained"])
+def test_a_suspect_waits_for_another_replica_where_the_one_kept_for_it_goes(change: str) -> None:
+    kept, other = Remote("a", E, C), Remote("b", E, C)
+    made, suspect = suspect_that_waits(kept, other)
+    submit(made)
+    if change == "lost":
+        made.remove(kept, "it died")
+    else:
+        kept.draining = True
+    for _ in range(2):
+        other.answer()
+    assert [ticket.job for ticket in other.tickets] == [suspect]
+
+
+def test_a_suspect_that_is_cancelled_keeps_no_replica_from_others() -> None:
+    both = Remote("both", E, C)
+    made, suspect = suspect_that_waits(both)
+    both.answer()
+    submit(made)
+    assert len(both.tickets) == 1
+    suspect.cancel()
+    assert len(both.tickets) == 2
 
 
 def test_a_damaged_hand_over_is_made_again_by_the_role_before() -> None:

@@ -12,7 +12,7 @@ import torch
 
 import triptych
 from triptych.errors import Cancelled, DeadlineExceeded
-from triptych.runtime import budget, step_lane, streams
+from triptych.runtime import budget, memory, step_lane, streams
 from triptych.runtime.lanes import Lane, Work
 from triptych.runtime.model import Model
 from triptych.runtime.step_lane import StepLane
@@ -312,6 +312,75 @@ def test_a_defect_of_the_lane_ends_the_requests_it_has_and_not_the_lane(
     outcomes.put(lane, "second", encoded(model))
     assert isinstance(outcomes.wait(2)["second"], State)
     assert "an error outside any request" in caplog.text
+
+
+class Stubborn:
+    """A segment that cannot be closed."""
+
+    def __init__(self, segment: Any) -> None:
+        self._segment = segment
+
+    def __next__(self) -> Any:
+        return next(self._segment)
+
+    def send(self, prediction: Any) -> Any:
+        return self._segment.send(prediction)
+
+    def close(self) -> None:
+        raise KeyError("what it had open")
+
+
+@pytest.mark.parametrize("defect", [True, False])
+def test_a_request_that_cannot_be_closed_is_told_of_its_end_and_ends_no_lane(
+    model: Model, lane: StepLane, monkeypatch: pytest.MonkeyPatch, forwards: Forwards, defect: bool
+) -> None:
+    outcomes, state, segment = Outcomes(), encoded(model, num_inference_steps=50), model.segment
+    forwards.open.clear()
+    monkeypatch.setattr(model, "segment", lambda *arguments: Stubborn(segment(*arguments)))
+    work = outcomes.put(lane, "stubborn", state)
+    assert forwards.entered.wait(10)
+    monkeypatch.undo()
+    if defect:
+        monkeypatch.setattr(lane, "_choose", lambda: list[Any]().pop())
+    else:
+        outcomes.put(lane, "beside", encoded(model))
+        work.cancel()
+    forwards.open.set()
+    assert isinstance(outcomes.wait(1)["stubborn"], IndexError if defect else Cancelled)
+    monkeypatch.undo()
+    if not defect:
+        assert isinstance(outcomes.wait(2)["beside"], State)
+    outcomes.put(lane, "later", encoded(model))
+    assert isinstance(outcomes.wait(2 if defect else 3)["later"], State)
+
+
+def test_a_defect_of_the_lane_while_requests_join_leaves_none_of_them_waiting(
+    model: Model, lane: StepLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        monkeypatch.undo()
+        raise IndexError("pop from an empty list")
+
+    outcomes = Outcomes()
+    with lane._wake:  # so that the lane takes them together
+        monkeypatch.setattr(memory, "give_back", fail)
+        outcomes.put(lane, "late", encoded(model), deadline=time.monotonic() - 1)
+        outcomes.put(lane, "beside", encoded(model))
+    ended = outcomes.wait(2)
+    assert isinstance(ended["late"], DeadlineExceeded) and isinstance(ended["beside"], IndexError)
+    outcomes.put(lane, "later", encoded(model))
+    assert isinstance(outcomes.wait(3)["later"], State)
+
+
+def test_a_state_that_a_lane_cannot_place_is_told_of_its_end(model: Model) -> None:
+    lane, outcomes = Lane(model, "test", threads=1), Outcomes()
+    odd, good = (model.admit(triptych.Request(**ASK)) for _ in range(2))
+    odd.route, odd.position = odd.route * 2, len(odd.route)  # more segments than the model has
+    outcomes.put(lane, "odd", odd)
+    outcomes.put(lane, "good", good)
+    ended = outcomes.wait(2)
+    lane.close()
+    assert isinstance(ended["odd"], IndexError) and isinstance(ended["good"], State)
 
 
 def test_who_fails_to_hear_of_an_end_does_not_keep_others_from_theirs(model: Model, lane: StepLane) -> None:

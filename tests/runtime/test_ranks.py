@@ -34,8 +34,12 @@ class Team:
         self.losses: list[str] = []
         self.others = listening(os.getpid())  # of tests before, with Ray
         self.ranks = Ranks(repository, {"dtype": torch.float32}, asked, threads=1, on_lost=self.losses.append)
-        self.model = triptych.load(repository, device="cpu")
-        self.ranks.attach(self.model)
+        try:
+            self.model = triptych.load(repository, device="cpu")
+            self.ranks.attach(self.model)
+        except BaseException:
+            self.ranks.close()
+            raise
 
     def generate(self, **changes: Any) -> torch.Tensor:
         images = self.model.generate(**{**ASK, **changes}).images
@@ -228,6 +232,96 @@ def test_a_rank_that_is_left_behind_in_a_forward_takes_the_replica_with_it(repos
     lost, noticed = ended.stdout.splitlines()
     assert lost == "lost: rank 1 did not end a forward that another had failed in", ended.stderr
     assert float(noticed.split()[2]) < 6
+
+
+TWO_TEAMS = """
+import sys, time
+import torch
+import triptych
+from triptych.components.acceleration import Acceleration
+from triptych.runtime.ranks import Ranks
+from triptych.stages.denoising import Forward
+
+ask = dict(prompt="a red fox", guidance_scale=3.0, height=64, width=48, num_inference_steps=1, exact=False)
+asked = Acceleration(ulysses=2, cfg_parallel=True)
+ranks = Ranks(sys.argv[1], {}, asked, threads=1, on_lost=lambda reason: print("lost:", reason))
+model = triptych.load(sys.argv[1], device="cpu")
+ranks.attach(model)
+stage = next(stage for stage in model.stages if stage.role == "denoiser")
+
+class Spy:
+    apart = True
+
+    def __call__(self, stage, forwards):
+        seen.extend(forwards)
+        return ranks(stage, forwards)
+
+def slow(forward, compute=stage.compute):
+    prediction = compute(forward)
+    time.sleep(6)
+    return prediction
+
+seen = []
+stage.spread = Spy()
+model.generate(**ask)
+stage.spread, stage.compute = ranks, slow
+bad = Forward("transformer", "uncond", {"hidden_states": torch.zeros(1, 4, 4)})
+try:
+    with torch.no_grad():
+        ranks(stage, [seen[0], bad])
+except triptych.errors.TriptychError as error:
+    print(error)
+del stage.compute
+model.generate(**ask)
+print("they go on")
+ranks.close()
+"""
+
+
+@pytest.mark.slow
+def test_an_error_that_a_whole_team_meets_waits_for_the_other_team_s_forward(repository: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(triptych.__file__).parents[1])}
+    command = [sys.executable, "-c", TWO_TEAMS, str(repository)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    error, went_on = ended.stdout.splitlines()
+    assert "Expected 1 arguments" in error, ended.stderr
+    assert went_on == "they go on"
+
+
+MEETING = """
+import os, signal, sys, threading, time
+import triptych
+from triptych.components.acceleration import Acceleration
+from triptych.errors import ModelError
+from triptych.runtime.ranks import Ranks
+
+model = triptych.load(sys.argv[1], device="cpu")
+for fault in ("fails", "dies"):
+    if fault == "fails":
+        os.environ["GLOO_SOCKET_IFNAME"] = "nowhere"  # of the other rank alone
+    ranks = Ranks(sys.argv[1], {}, Acceleration(ulysses=2), threads=1, on_lost=print)
+    os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    if fault == "dies":
+        while ranks._ranks[0].busy:
+            time.sleep(0.05)
+        os.kill(ranks.pids[0], signal.SIGSTOP)  # so that it does not meet before it dies
+        threading.Timer(1, os.kill, (ranks.pids[0], signal.SIGKILL)).start()
+    try:
+        ranks.attach(model)
+    except ModelError as error:
+        print(error)
+    ranks.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_or_dies_while_the_ranks_meet_is_not_waited_for(repository: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(triptych.__file__).parents[1])}
+    command = [sys.executable, "-c", MEETING, str(repository)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
+    failed, died = ended.stdout.splitlines()
+    assert "nowhere" in failed, ended.stderr
+    assert died == "a rank of the denoiser ended while it was loading: rank 1 is gone (exit status -9)", ended.stderr
 
 
 LEADER = """

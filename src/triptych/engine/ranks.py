@@ -19,31 +19,37 @@ log = logging.getLogger(__name__)
 
 Accelerations = Mapping[RoleType, Acceleration]
 
+_CARD = 10_000
+"""The units that Ray counts a GPU in."""
+
 
 def gpus_of(roles: Collection[RoleType], asked: Mapping[RoleType, float], accelerations: Accelerations) -> float:
     """Return how many GPUs to reserve for a replica: what is asked for, or one for each rank if the cluster has any.
 
     Raises:
         ParameterError: there are more ranks than that, or a number that is no share of one GPU and no number of whole ones.
-        UsageError: no machine of the cluster has so many, and the ranks of a replica are on one.
+        UsageError: no machine of the cluster has so many, and a replica is on one.
     """
-    import ray
-
-    ranks = ranks_of(roles, accelerations)
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    wanted = max((asked[role] for role in roles if role in asked), default=float(ranks if resources.get("GPU") else 0))
+    ranks, most = ranks_of(roles, accelerations), max(gpus_of_machines(), default=0)
+    wanted = max((asked[role] for role in roles if role in asked), default=float(ranks if most else 0))
     if wanted > 1 and wanted != int(wanted):
         raise ParameterError("gpus", f"{wanted:g}", "a share of one GPU, or a whole number of them, is accepted")
     if 0 < wanted < ranks > 1:
         raise ParameterError("gpus", f"{wanted:g}", f"{ranks} ranks need one each: {ranks} are accepted, or 0 for none")
-    if wanted > 0 and ranks > 1:
-        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        most = max((node["Resources"].get("GPU", 0) for node in nodes if node["Alive"]), default=0)
-        if most < wanted:
-            raise UsageError(
-                f"a replica of {ranks} ranks needs {wanted:g} GPUs on one machine, and the cluster's largest has {most:g}"
-            )
+    if wanted > 1 and most < wanted:
+        of_ranks = f" of {ranks} ranks" if ranks > 1 else ""
+        raise UsageError(
+            f"a replica{of_ranks} needs {wanted:g} GPUs on one machine, and the cluster's largest has {most}"
+        )
     return wanted
+
+
+def gpus_of_machines() -> list[int]:
+    """Return how many GPUs each machine of the cluster has."""
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [int(node["Resources"].get("GPU", 0)) for node in nodes if node["Alive"]]
 
 
 def placed(
@@ -68,23 +74,39 @@ def check_room(
         growing: whether machines may still join the cluster; then it only warns.
 
     Raises:
-        UsageError: there are fewer.
+        UsageError: there are fewer, or none that has room for some replica's share.
     """
-    import ray
-
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    there = resources.get("GPU", 0.0)
-    needed = {pool.name: pool.least * gpus_of(pool.roles, asked, accelerations) for pool in pools}
-    if sum(needed.values()) <= there:
+    machines = gpus_of_machines()
+    each = {pool: gpus_of(pool.roles, asked, accelerations) for pool in pools}
+    if _fit([gpus for pool, gpus in each.items() for _ in range(pool.least)], machines):
         return
+    needed = {pool.name: pool.least * gpus for pool, gpus in each.items()}
+    total, there = sum(needed.values()), sum(machines)
+    crowded = ", but not for each on one card or machine" if total <= there else ""
     told = (
-        f"the replicas reserve {sum(needed.values()):g} GPUs ({', '.join(f'{name}: {n:g}' for name, n in needed.items())}), "
-        f"and there are {there:g}: let them share (--encoder-gpus 0.25, or encoder+decoder=1 in --pools), start fewer, "
-        "or have all roles in one process (--engine local)"
+        f"the replicas reserve {total:g} GPUs ({', '.join(f'{name}: {n:g}' for name, n in needed.items())}), "
+        f"and there are {there}{crowded}: let them share (--encoder-gpus 0.25, or encoder+decoder=1 in --pools), "
+        "start fewer, or have all roles in one process (--engine local)"
     )
     if not growing:
         raise UsageError(told)
     log.warning("%s; those that lack one wait until a machine joins", told)
+
+
+def _fit(replicas: Iterable[float], machines: Iterable[int]) -> bool:
+    """Return whether replicas find their GPUs: a share on one card, several cards on one machine; the largest first."""
+    left = [[_CARD] * cards for cards in sorted(machines)]
+    for units in sorted((round(gpus * _CARD) for gpus in replicas if gpus), reverse=True):
+        many, share = (units // _CARD, _CARD) if units > _CARD else (1, units)
+        for cards in left:
+            room = [number for number, free in enumerate(cards) if free >= share][:many]
+            if len(room) == many:
+                break
+        else:
+            return False
+        for number in room:
+            cards[number] -= share
+    return True
 
 
 def ranks_of(roles: Collection[RoleType], accelerations: Accelerations) -> int:

@@ -14,6 +14,8 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+import ray
+
 import triptych
 from triptych.errors import ReplicaRefusedError, from_text, to_text
 from triptych.roles import RoleType
@@ -143,6 +145,7 @@ class ReplicaActor:
     def _replica(self) -> LanesReplica:
         return self._loaded.result()
 
+    @ray.method(concurrency_group="signs")
     def describe(self) -> dict[str, Any]:
         """Return who and where it is, as plain values, once it has loaded.
 
@@ -153,8 +156,6 @@ class ReplicaActor:
 
     @cached_property
     def _process(self) -> dict[str, Any]:
-        import ray
-
         return {
             "pid": os.getpid(),
             "niceness": os.getpriority(os.PRIO_PROCESS, 0),
@@ -180,6 +181,7 @@ class ReplicaActor:
         finally:
             self._attempts.close(order.ticket)
 
+    @ray.method(concurrency_group="states")
     def hand(self, order: Order, data: npt.NDArray[np.uint8] | Placed) -> None:
         """Give a ticket that waits for its state what could not come straight from another process."""
         attempt = self._attempts.open(order.ticket)
@@ -259,14 +261,17 @@ class ReplicaActor:
         for name, value in (("count", 1), ("bytes", nbytes), ("seconds", seconds)):
             self._hops[name] += value
 
+    @ray.method(concurrency_group="signs")
     def cancel(self, ticket: str) -> None:
         """Stop a ticket before its next step, or before it begins."""
         self._attempts.cancel(ticket)
 
+    @ray.method(concurrency_group="signs")
     def busy(self) -> int:
         """Return how many segments it has, or waits for."""
         return sum(not each.answer.done() for _, each in self._attempts.all())
 
+    @ray.method(concurrency_group="signs")
     def beat(self, wanted: Sequence[str] = ()) -> dict[str, Any]:
         """Show that it is alive, and how far its tickets are; `replica` is None while it loads.
 
@@ -278,12 +283,12 @@ class ReplicaActor:
         """
         self._attempts.want(wanted)
         wait([self._loaded], _LOOK)
-        attempts = self._attempts.all()
+        attempts, loaded = self._attempts.all(), self._loaded.done()
         return {
             "progress": {ticket: each.progress for ticket, each in attempts if each.progress is not None},
             "previews": {ticket: list(each.previews) for ticket, each in attempts if each.previews},
             "process": self._process,
-            "replica": {**self.describe(), "busy": self.busy()} if self._loaded.done() else None,
+            "replica": {**self.describe(), "busy": self.busy()} if loaded else None,  # type: ignore[operator]
         }
 
     def projection(self, timeout: float) -> npt.NDArray[np.float32] | None:

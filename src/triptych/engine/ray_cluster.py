@@ -20,6 +20,11 @@ from triptych.errors import UsageError
 
 log = logging.getLogger(__name__)
 
+RUNS = 256
+"""Segments that a replica takes or waits for at a time, of all routers: each holds one of its threads."""
+GROUPS = {"signs": 16, "states": 64}
+"""Threads of their own, so that however many segments there are it shows that it is alive, and their states come."""
+
 
 def connect(address: str | None) -> bool:
     """Join the cluster at an address, or start one on this machine; returns whether it was started.
@@ -108,7 +113,9 @@ def start_replica(
         here: whether it is to run on this machine, and to end with this process.
     """
     remote: Any = ray.remote
-    limits: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0, "max_concurrency": 64}
+    limits: dict[str, Any] = {
+        "max_restarts": -1, "max_task_retries": 0, "max_concurrency": RUNS, "concurrency_groups": {**GROUPS},
+    }  # fmt: skip
     if (arguments.get("expected") or {}).get("transport") == "nixl":
         from triptych.engine import direct  # it imports PyTorch, and this module is to be there before that
 

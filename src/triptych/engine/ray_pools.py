@@ -184,6 +184,8 @@ class PoolKeeper:
                 replica = f"{name}-{secrets.token_hex(3)}"
                 actor = start_replica(replica, roles=name, **pool["arguments"])
                 self.replicas[replica] = self._replica(replica, name, actor)
+                # Known here, too: a register that is started anew learns of it from us.
+                self._members[replica] = {"pool": name, "joined": False, "draining": False}
                 ray.get(self._register.add.remote(replica, name))
             for surplus in sorted(mine, key=_use)[: max(0, len(mine) - pool["target"])]:
                 surplus.draining = True

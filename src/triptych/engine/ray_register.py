@@ -90,8 +90,13 @@ class Register:
         return True
 
     def declare(self, pools: dict[str, dict[str, Any]]) -> None:
-        """Enter pools: `least`, `most` and `target` replicas, and the `arguments` to start one with."""
-        self._pools.update(pools)
+        """Enter pools: `least`, `most` and `target` replicas, and the `arguments` to start one with.
+
+        One that is known keeps its target, as far as the bounds allow: another router has it by now, with its work.
+        """
+        for name, pool in pools.items():
+            target = self._pools.get(name, pool)["target"]
+            self._pools[name] = {**pool, "target": min(max(target, pool["least"]), pool["most"])}
 
     def scale(self, pool: str, target: int, *, fixed: bool = True) -> None:
         """Set how many replicas a pool is to have; where that is `fixed`, for good, and else within its bounds."""
@@ -115,7 +120,11 @@ class Register:
         member["draining"] = True
         pool = self._pools.get(member["pool"])
         if shrink and pool is not None and not member["joined"]:
-            self.scale(member["pool"], max(0, pool["target"] - 1))
+            fixed = pool["least"] == pool["most"]
+            pool["target"] = max(0, pool["target"] - 1)
+            pool["least"] = min(pool["least"], pool["target"])
+            if fixed:  # else it may grow again by its work
+                pool["most"] = pool["target"]
 
     def remove(self, name: str) -> None:
         """Strike a replica out."""

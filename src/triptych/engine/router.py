@@ -87,6 +87,8 @@ class Router:
                     if ticket.job is job:
                         replica.cancel(ticket)
             self._end(job, error)
+            if any(ticket.alone for ticket in waiting):  # a replica may have been kept for it
+                self._dispatch()
 
     def cancel_all(self) -> None:
         """Stop every job."""
@@ -170,10 +172,17 @@ class Router:
     def _dispatch(self) -> None:
         """Give waiting segments to replicas that have room, in the order of arrival."""
         full: set[RoleType] = set()
+        kept: set[Replica] = set()  # for those that are to be alone: nothing else goes there until they are empty
         for ticket in list(self._waiting):
             if ticket.role in full and not ticket.alone:
                 continue
-            replica = self._choice.pick(ticket, self.replicas, self._jobs[ticket.job])
+            others = [each for each in self.replicas if each not in kept]
+            replica = self._choice.pick(ticket, others, self._jobs[ticket.job])
+            if replica is None and ticket.alone:
+                able = [each for each in self.replicas if ticket.role in each.roles and not each.draining]
+                if able and kept.isdisjoint(able):
+                    kept.add(min(able, key=lambda each: (each.backlog, each.name)))
+                continue
             if replica is None:
                 full.add(ticket.role)
                 continue

@@ -104,6 +104,7 @@ class Lane:
         self.batches: Counter[int] = Counter()
         self._threads = threads
         self._waiting: deque[Work] = deque()
+        self._taken: set[Work] = set()  # what does not wait any more, and has not been told of its end
         self._wake = threading.Condition()  # the lane's thread has something to do
         self._closing = False
         self._meeting = None if rows == 0 else Meeting(model.device, rows)
@@ -146,6 +147,11 @@ class Lane:
 
     def _recover(self, error: Exception) -> None:
         """Let go of the requests that an error may have to do with; those that wait are still to come."""
+        for work in list(self._taken):
+            try:
+                self._settle(work, error)
+            except Exception:  # the others are still to be told
+                log.exception("%s: an error after the end of a request", self.name)
 
     @contextmanager
     def _exclusively(self) -> Iterator[None]:
@@ -162,6 +168,7 @@ class Lane:
             while wait and not self._waiting and not self._closing:
                 self._wake.wait()
             arrived, self._waiting = self._waiting, deque()
+            self._taken.update(arrived)
             return arrived if arrived or not (wait and self._closing) else None
 
     def _loop(self) -> None:
@@ -180,6 +187,7 @@ class Lane:
                 works.clear()
             else:
                 self._run(works.pop())  # without a name here, which would keep the state until the next comes
+            self._taken.clear()
 
     def _rehearse(self, meeting: Meeting) -> None:
         """Make a trial call between two requests; where it fails, the requests themselves are the trials."""
@@ -196,6 +204,7 @@ class Lane:
         Returns them and whether they are to meet: one alone does once its kind is met often, so that the trials begin.
         """
         works = [self._waiting.popleft()]
+        self._taken.update(works)
         if self._meeting is None or (kind := self._kind(works[0])) is None:
             return works, False
         appetite = self._appetites.setdefault(kind, Appetite())
@@ -208,6 +217,7 @@ class Lane:
             if self._kind(other) == kind:
                 works.append(other)
                 self._waiting.remove(other)
+                self._taken.add(other)
         return works, len(works) > 1 or appetite.met == OFTEN
 
     def _kind(self, work: Work) -> object | None:
@@ -277,7 +287,7 @@ class Lane:
         try:
             streams.wait(self.model.device)
             self._account()
-        except RuntimeError as error:  # something it was asked for before has failed
+        except Exception as error:  # noqa: BLE001 (mostly something that the device was asked for before)
             outcome = error
         if isinstance(outcome, State) and outcome.next_role is None:
             streams.release(outcome.fields, self.model.device)
@@ -285,6 +295,7 @@ class Lane:
             if not isinstance(outcome, TriptychError):
                 log.error("%s: a request failed", self.name, exc_info=outcome)
             _forget_frames(outcome)
+        self._taken.discard(work)
         try:
             work.done(outcome)
         except Exception:  # the others that ended with it are still to be told

@@ -27,6 +27,7 @@ class Rank:
     Attributes:
         heard: when it last gave a sign of life, on `time.monotonic`'s clock.
         failed: when it last told of an error that has not been taken yet.
+        busy: whether it has not answered what it was sent last.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Rank:
         self.number = number
         self.heard = time.monotonic()
         self.failed: float | None = None
+        self.busy = False
         self._lost = lost
         self._answers: queue.SimpleQueue[tuple[Kind | None, Any]] = queue.SimpleQueue()
         ours, theirs = socket.socketpair()
@@ -59,6 +61,7 @@ class Rank:
 
     def send(self, kind: Kind, data: bytes | memoryview = b"") -> None:
         """Send it a frame; one that is gone is noticed where its answer is awaited."""
+        self.busy = True
         try:
             self._link.send(kind, data)
         except OSError:
@@ -106,6 +109,7 @@ class Rank:
                 if kind is Kind.FAILED:
                     self.failed = self.heard
                 if kind is not Kind.BEAT:
+                    self.busy = False
                     self._answers.put((kind, data))
         except EOFError:
             try:

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ SILENCE = 4.0
 """Seconds without a sign of life after which a rank is taken to hang."""
 PATIENCE = 4.0
 """Seconds that ranks which share a forward get to end it after one of them has failed in it."""
+_LOOK = 0.05
+"""Seconds between two looks at whether the ranks have met."""
 
 Options = Mapping[str, Any]
 """What `triptych.load` is given beside source, role and acceleration."""
@@ -120,6 +123,7 @@ class Ranks:
         self._turn = threading.Lock()
         self._lost: str | None = None
         self._attached = self._closing = False
+        self._computing = False  # whether this process is in the middle of a forward
         self._stores: list[Any] = []
         job = {
             **{name: value for name, value in options.items() if name != "acceleration"},
@@ -185,7 +189,8 @@ class Ranks:
         for rank in self._ranks:
             rank.close()
         if self._stores:
-            torch.distributed.destroy_process_group()
+            if torch.distributed.is_initialized():  # not where the ranks did not find each other
+                torch.distributed.destroy_process_group()
             self._stores.clear()
 
     def _meet(self, model: Model) -> None:
@@ -196,8 +201,29 @@ class Ranks:
             for place, rank in enumerate(team, 0 if number else 1):  # this process is the first of the first team
                 told = {"port": port, "place": place, "ulysses": self.asked.ulysses, "ring": self.asked.ring}
                 rank.send(Kind.MEET, json.dumps(told).encode())
-        join_world(worlds[0][0], 0, self._size, model.device)
-        share_sequences(models_of(model), self.asked, model.device)
+        joined: Future[None] = Future()
+
+        def join() -> None:
+            try:
+                join_world(worlds[0][0], 0, self._size, model.device)
+                share_sequences(models_of(model), self.asked, model.device)
+                joined.set_result(None)
+            except Exception as error:  # noqa: BLE001 (for whoever waits)
+                time.sleep(PULSE)  # the reason is better told by the rank that has it
+                joined.set_exception(error)
+
+        # In a thread of its own: it would wait for minutes for a rank that is gone, or has failed.
+        threading.Thread(target=join, name="meeting", daemon=True).start()
+        while not joined.done() or any(rank.busy for rank in self._ranks):
+            for rank in self._ranks:
+                if rank.failed is not None:
+                    rank.answer(Kind.READY)  # raises what it failed with
+            if self._lost is not None:
+                raise ReplicaLost(self._lost)
+            if joined.done():
+                joined.result()
+            time.sleep(_LOOK)
+        joined.result()
         for rank in self._ranks:
             rank.answer(Kind.READY)
 
@@ -213,10 +239,13 @@ class Ranks:
                 rank.send(Kind.RUN if number and not place else Kind.HELP, message)
         predictions: list[Any] = []
         errors: list[list[Exception]] = [[] for _ in teams]
+        self._computing = True
         try:
             predictions.append(stage.compute(forwards[0]))
         except Exception as error:  # noqa: BLE001 (whose fault it is shows when the others have answered)
             errors[0].append(error)
+        finally:
+            self._computing = False
         for number, team in enumerate(teams):
             answers = [self._answer_of(rank, errors[number]) for rank in team]
             predictions += [moved(each, stage.device) for each in answers if each is not None]
@@ -259,11 +288,14 @@ class Ranks:
         while not self._closing and self._lost is None:
             time.sleep(PULSE)
             now = time.monotonic()
-            for rank in self._ranks:
-                if now - rank.heard > SILENCE:
-                    self._lose(f"rank {rank.number} gave no sign of life for {SILENCE:.0f} s")
-                elif self.apart and rank.failed is not None and now - rank.failed > PATIENCE:
-                    self._lose(f"rank {rank.number} failed in a forward that the others did not end")
+            for number, team in enumerate(self._teams):
+                # An error that all of a team have met may wait for the other team's forward.
+                running = any(rank.busy for rank in team) or (number == 0 and self._computing)
+                for rank in team:
+                    if now - rank.heard > SILENCE:
+                        self._lose(f"rank {rank.number} gave no sign of life for {SILENCE:.0f} s")
+                    elif running and rank.failed is not None and now - rank.failed > PATIENCE:
+                        self._lose(f"rank {rank.number} failed in a forward that the others did not end")
 
     def _lose(self, reason: str) -> None:
         if self._lost is None and not self._closing:

@@ -150,7 +150,11 @@ class StepLane(Lane):
 
     def _recover(self, error: Exception) -> None:
         for runner in list(self._active):
-            self._leave(runner, error)
+            try:
+                self._leave(runner, error)
+            except Exception:  # the others are still to be told
+                log.exception("%s: an error after the end of a request", self.name)
+        super()._recover(error)
 
     def _dismiss(self) -> None:
         """Let go of the requests that are not to go on, even those whose turn would be far off."""
@@ -236,5 +240,8 @@ class StepLane(Lane):
 
     def _leave(self, runner: _Runner, outcome: State | Exception) -> None:
         self._active.remove(runner)
-        runner.segment.close()
+        try:
+            runner.segment.close()
+        except Exception:  # it ends all the same, and those beside it go on
+            log.exception("%s: a request that ended could not be closed", self.name)
         self._settle(runner.work, outcome)
