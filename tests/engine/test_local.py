@@ -13,7 +13,7 @@ import torch
 
 import triptych
 from triptych.engine.local import LocalEngine, place, thread_shares
-from triptych.errors import Cancelled, ParameterError, UsageError
+from triptych.errors import Cancelled, ParameterError, ReplicaLost, UsageError
 from triptych.request import Request
 from triptych.roles import RoleType
 
@@ -157,6 +157,38 @@ def test_two_denoisers_share_the_work(repository: Path) -> None:
             used |= {event.details["replica"] for event in job.events() if event.details.get("role") == "denoiser"
                      and event.kind == "started"}  # fmt: skip
     assert len(used) == 2
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="PyTorch before 2.8 does not tell such errors apart")
+@pytest.mark.parametrize("denoisers", [1, 2])
+def test_a_device_that_has_failed_is_given_nothing_more(
+    repository: Path, whole: triptych.Model, denoisers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = ",".join(["cpu"] * denoisers)
+    with LocalEngine(repository, encoder="cpu", denoiser=devices, decoder="cpu", threads=ONE) as engine:
+        replica = min((each for each in engine.router.replicas if D in each.roles), key=lambda each: len(each.roles))
+        (stage,) = (each for each in replica.model.stages if each.role is RoleType.DENOISER)  # type: ignore[attr-defined]
+
+        def fail(forward: object) -> None:
+            raise torch.AcceleratorError("an illegal address")
+
+        monkeypatch.setattr(stage, "compute", fail)
+        jobs = [engine.submit(Request(**{**ASK, "num_inference_steps": 40})) for _ in range(20)]
+        ends = []
+        for job in jobs:
+            try:
+                ends.append(job.result(60))
+            except (torch.AcceleratorError, ReplicaLost) as error:
+                ends.append(error)
+        assert any(isinstance(each, torch.AcceleratorError) for each in ends)
+        assert engine.ready() == (denoisers == 2)
+        if denoisers == 1:
+            assert not any(isinstance(each, triptych.Result) for each in ends)
+            assert any(isinstance(each, ReplicaLost) for each in ends)
+            with pytest.raises(ReplicaLost, match="start this process anew"):
+                engine.submit(Request(**ASK))
+        else:
+            assert torch.equal(engine.generate(**ASK).images, whole.generate(**ASK).images)
 
 
 def test_closing_finishes_what_was_taken_on(repository: Path) -> None:

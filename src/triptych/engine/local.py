@@ -6,7 +6,7 @@ import atexit
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from triptych.engine.base import Engine
 from triptych.engine.choice import Policy
 from triptych.engine.replica import Handover, Replica, Ticket
 from triptych.engine.router import Router
-from triptych.errors import UsageError
+from triptych.errors import ReplicaLost, UsageError
 from triptych.roles import WORKERS, RoleType, role_name
 from triptych.runtime import streams
 from triptych.runtime.decoder_lane import DecoderLane
@@ -42,6 +42,8 @@ SLOTS = {RoleType.ENCODER: 2, RoleType.DENOISER: 16, RoleType.DECODER: 2}
 PROMPT_CACHE = 256 * 2**20
 """Bytes of prompt embeddings that an encoder remembers."""
 
+_FAILED = "the device of a role has failed, and nothing works there any more: start this process anew"
+
 
 class LanesReplica(Replica):
     """A model loaded for some roles, with a lane for each.
@@ -62,9 +64,11 @@ class LanesReplica(Replica):
         budget: int | None = None,
         prompt_cache: int = PROMPT_CACHE,
         turns: Turns | None = None,
+        on_broken: Callable[[LanesReplica, Exception], None] | None = None,
     ) -> None:
         super().__init__(name, model.roles, {**SLOTS, **(slots or {})})
         self.model = model
+        self._on_broken = on_broken
         self.prompts = remember_prompts(model, prompt_cache)
         self._works: dict[Ticket, Work] = {}
         self.lanes: dict[RoleType, Lane] = {}
@@ -89,6 +93,8 @@ class LanesReplica(Replica):
             self._make_room(ticket.role)
             if isinstance(outcome, Exception):
                 ticket.done(ticket, outcome)
+                if self._on_broken is not None and streams.is_broken(outcome):
+                    self._on_broken(self, outcome)
             else:
                 ticket.done(ticket, Handover(outcome.next_role, outcome, work.seconds))
 
@@ -210,6 +216,7 @@ class LocalEngine(Engine):
                     budget=budget,
                     prompt_cache=prompt_cache,
                     turns=turns,
+                    on_broken=self._lose,
                 )
             )
         self._watch()
@@ -220,12 +227,23 @@ class LocalEngine(Engine):
             self.warm_up()
 
     def hand_in(self, state: State) -> Handover:
+        if not self.ready():
+            raise ReplicaLost(_FAILED)
         streams.wait_for(state.fields)
         return Handover(state.next_role, state)
 
     def find_projection(self, timeout: float) -> Projection | None:
         replicas = [each for each in self.router.replicas if isinstance(each, LanesReplica)]
         return next((found for each in replicas if (found := each.projection(timeout)) is not None), None)
+
+    def _lose(self, replica: LanesReplica, error: Exception) -> None:
+        """Give nothing more to a replica whose device has failed; where a role has no other, end what is on its way."""
+        if replica.draining:
+            return
+        replica.draining = True
+        log.critical("the device of %s has failed, and it is given nothing more: %s", replica.name, error)
+        if not self.ready():
+            self.router.cancel_all(ReplicaLost(_FAILED))
 
     def close(self, timeout: float | None = None) -> None:
         self._drain(timeout)

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 RUNS = 256
 """Segments that a replica takes or waits for at a time, of all routers: each holds one of its threads."""
-GROUPS = {"signs": 16, "states": 64}
+GROUPS = {"signs": 8, "states": 16}
 """Threads of their own, so that however many segments there are it shows that it is alive, and their states come."""
 
 

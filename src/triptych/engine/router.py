@@ -90,11 +90,11 @@ class Router:
             if any(ticket.alone for ticket in waiting):  # a replica may have been kept for it
                 self._dispatch()
 
-    def cancel_all(self) -> None:
+    def cancel_all(self, error: Exception | None = None) -> None:
         """Stop every job."""
         with self._lock:
             for job in list(self._jobs):
-                self.cancel(job)
+                self.cancel(job, error)
 
     def check_deadlines(self) -> None:
         """End the jobs whose deadline has passed."""

@@ -12,6 +12,7 @@ from triptych.errors import (
     DeadlineExceeded,
     OverloadedError,
     ParameterError,
+    ReplicaLost,
     RequestLostError,
     TriptychError,
     UnknownParameterError,
@@ -35,6 +36,7 @@ _STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
     (DeadlineExceeded, 504, "deadline_exceeded"),
     (Cancelled, 410, "cancelled"),
     (RequestLostError, 500, "lost"),
+    (ReplicaLost, 503, "not_ready"),
     (TriptychError, 500, "internal"),
 )
 
