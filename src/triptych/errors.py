@@ -8,6 +8,7 @@ needs are attributes.
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -39,10 +40,24 @@ class ParameterError(UsageError):
     """A request parameter has a value that is not accepted; `field` and `value` name it."""
 
     def __init__(self, field: str, value: object, accepted: str) -> None:
-        super().__init__(f"{field}={value!r}: {accepted}")
+        super().__init__(f"{field}={shown(value)}: {accepted}")
         self.field = field
         self.value = value
         self.accepted = accepted
+
+
+def shown(value: object) -> str:
+    """Return a refused value as it is told: pictures by what they are, and no value that Python cannot write out."""
+    pictures = sys.modules.get("PIL.Image")
+    if pictures is not None:
+        if isinstance(value, pictures.Image):
+            return f"a picture ({value.mode}, {value.width}x{value.height})"
+        if isinstance(value, (list, tuple)) and any(isinstance(each, pictures.Image) for each in value):
+            return f"[{', '.join(map(shown, value))}]"
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or lists in lists in lists
+        return f"{type(value).__name__} too long to be told"
 
 
 class UnknownParameterError(UsageError):

@@ -34,7 +34,7 @@ class Request:
     """The folders, beside the model's own, in which `lora` may name files; None for any file or hub id. A server sets
     it on what others send."""
 
-    def __init__(self, **parameters: object) -> None:
+    def __init__(self, /, **parameters: object) -> None:
         self.parameters = parameters
 
     def __repr__(self) -> str:
@@ -135,6 +135,10 @@ def split_prompts(given: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise ParameterError(name, value, f"a text is accepted, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a character, which neither tokenizers nor files take
+        raise ParameterError(name, value, "valid Unicode text is accepted") from None
 
 
 def _whole(name: str, value: object) -> None:
@@ -180,7 +184,7 @@ def _flag(name: str, value: object) -> None:
 
 
 def _output_type(name: str, value: object) -> None:
-    if value not in OUTPUT_TYPES:
+    if not isinstance(value, str) or value not in OUTPUT_TYPES:
         raise ParameterError(name, value, f"one of {', '.join(OUTPUT_TYPES)} is accepted")
 
 

@@ -228,13 +228,13 @@ def test_it_learns_that_calls_gain(model: Model) -> None:
 def test_seconds_are_split_by_rows(meeting: Meeting) -> None:
     class Slow(Model):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
-            threading.Event().wait(LONGEST / 10)
+            threading.Event().wait(LONGEST / 2)
             return super().forward(input)
 
     slow = Slow()
     small, large = meeting.run([Asking(slow, torch.randn(n, 3)) for n in (1, 3)], [slow])
-    assert small.seconds == pytest.approx(LONGEST / 40, rel=0.4)
-    assert large.seconds == pytest.approx(3 * LONGEST / 40, rel=0.4)
+    assert small.seconds == pytest.approx(LONGEST / 8, rel=0.4)
+    assert large.seconds == pytest.approx(3 * LONGEST / 8, rel=0.4)
 
 
 def rehearse_all(meeting: Meeting) -> None:

@@ -113,7 +113,7 @@ def test_silence_is_filled_with_comments(serve: Callable[..., Caller], monkeypat
 
     caller = serve(Limits(keep_alive=0.05))
     (replica,) = engine().router.replicas
-    monkeypatch.setattr(replica, "draining", True)
+    monkeypatch.setattr(replica, "slots", dict.fromkeys(replica.slots, 0))
     request = caller.submit(QUICK)
     with caller.stream("GET", request["links"]["events"]) as response:
         lines = response.iter_lines()

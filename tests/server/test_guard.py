@@ -171,7 +171,12 @@ def test_a_key_that_can_be_guessed_is_refused() -> None:
 
 def test_what_a_foreign_page_makes_a_browser_send_is_403(caller: Caller) -> None:
     sent = {"parameters": QUICK}
-    for headers in ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Origin": "null"}):
+    for headers in (
+        {"Origin": "https://evil.example"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Origin": "null"},
+        {"Origin": "http://["},
+    ):
         assert told(caller.post("/v1/requests", json=sent, headers=headers), 403)["code"] == "foreign_origin"
     own = ({"Origin": caller.url}, {"Sec-Fetch-Site": "same-origin", "Origin": "https://proxied.example"}, {})
     for headers in own:
@@ -235,6 +240,18 @@ def test_cors_is_off_unless_an_origin_is_named(caller: Caller) -> None:
         assert (
             refusal.headers["access-control-allow-origin"] == "https://studio.example"
         )  # so that its page can read it
+
+
+def test_a_failure_of_the_server_can_be_read_by_pages_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with guarded(Access(origins=("https://studio.example",))) as named:
+        monkeypatch.setattr(engine(), "snapshot", None)
+        failure = named.get("/v1/status", headers={"Origin": "https://studio.example"})
+    assert told(failure, 500)["code"] == "internal"
+    assert failure.headers["access-control-allow-origin"] == "https://studio.example"
+    assert failure.headers["connection"] == "close"
+    assert caplog.text.count("a request to the server failed") == 1
 
 
 @pytest.mark.parametrize("origin", ["studio.example", "https://studio.example/", "ftp://x", "https://", ""])

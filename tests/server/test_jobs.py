@@ -62,6 +62,20 @@ def test_a_closed_store_leaves_running_jobs_queued_and_notes_nothing_more(tmp_pa
     store.close()
 
 
+def test_a_store_is_closed_though_the_disk_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = JobStore(tmp_path)
+    store.add(job(), BODY)
+    store.started("video_1")
+    words = "SELECT RAISE(ABORT, 'database or disk is full')"
+    store._database.execute(f"CREATE TEMP TRIGGER full BEFORE UPDATE ON jobs BEGIN {words}; END")
+    store.close()
+    assert "database or disk is full" in caplog.text
+    assert store.closed
+    store = JobStore(tmp_path)
+    assert [each.status for each in store.all()] == ["running"]
+    store.close()
+
+
 def test_interruptions_are_counted_and_queue_a_job_again(tmp_path: Path) -> None:
     store = JobStore(tmp_path)
     store.add(job(), BODY)

@@ -23,6 +23,9 @@ def test_a_result_that_is_dropped_before_it_is_sent_is_404(
 
     response = caller.get(request["links"]["result"])
     assert (response.status_code, response.headers["content-length"]) == (200, str(len(response.content)))
+    head = caller.head(request["links"]["result"])
+    assert (head.status_code, head.content, head.headers["etag"]) == (200, b"", response.headers["etag"])
+    assert [caller.head(path).status_code for path in ("/health", "/ready")] == [200, 200]
     monkeypatch.setattr(spool, "file", make_and_drop)
     response = caller.get(request["links"]["result"])
     assert response.status_code == 404

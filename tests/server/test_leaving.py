@@ -67,7 +67,7 @@ def test_a_picture_that_waits_for_its_turn_is_taken_out_of_the_queue(
     caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (replica,) = engine().router.replicas
-    monkeypatch.setattr(replica, "draining", True)  # nothing is started
+    monkeypatch.setattr(replica, "slots", dict.fromkeys(replica.slots, 0))  # nothing is started
     with pytest.raises(httpx.ReadTimeout):
         caller.post("/v1/images/generations", json=PICTURE, timeout=0.5)
     end = time.monotonic() + 10

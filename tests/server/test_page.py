@@ -1,7 +1,10 @@
 """The page as files: what is sent, with which headers, and that its parts fit together."""
 
 import gzip
+import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -169,6 +172,79 @@ def test_every_element_that_a_module_looks_for_is_there() -> None:
     }
     assert len(looked_for) > 15
     assert looked_for <= set(INDEX.ids())
+
+
+BROWSER = """
+const store = new Map(), end = { status: "done", outputs: 1, seconds: 2 };
+globalThis.sessionStorage = {
+  getItem: (key) => store.get(key) ?? null,
+  setItem: (key, value) => {
+    if (value.length > room) throw new DOMException("full", "QuotaExceededError");
+    store.set(key, value);
+  },
+  removeItem: (key) => store.delete(key),
+};
+globalThis.room = Infinity;
+URL.createObjectURL = () => "blob:";
+const answers = { "req_2": 503, "req_3": 404 };
+globalThis.fetch = async (path, options) => {
+  const [, , name, what] = path.split("/");
+  if (options.method === "POST") return Response.json({ id: `req_${posted += 1}`, seed: 1, makes: "images" });
+  if (answers[name]) return Response.json({ error: { message: "no" } }, { status: answers[name] });
+  return what === "events" ? new Response(null, { status: 204 }) : what ? new Response("png") : Response.json(end);
+};
+let posted = 5;
+const remembered = () => JSON.parse(store.get("triptych.runs")).map((each) => each.id);
+const entry = (id) => ({ id, seed: 1, makes: "images", created: 1, parameters: { prompt: "a fox" } });
+const { Runs } = await import("./runs.js");
+store.set("triptych.runs", JSON.stringify([1, 2, 3, 4].map((number) => entry(`req_${number}`))));
+const runs = new Runs(), told = {};
+await runs.restore();
+told.restored = [...runs.all.keys()];
+told.remembered = remembered();
+const run = await runs.submit({ prompt: "a fox" });
+if (!run.ended) await new Promise((resolve) => run.addEventListener("end", resolve));
+told.ended = [run.status, run.seconds, run.outputs.length];
+room = store.get("triptych.runs").length;
+told.submitted = (await runs.submit({ prompt: "a fox" })).id;
+told.kept = remembered();
+room = 0;
+told.beyond = (await runs.submit({ prompt: "a fox" })).id;
+console.log(JSON.stringify(told));
+"""
+
+
+@pytest.fixture(scope="module")
+def told_of_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the module of the tab's requests does where answers are missing and the tab's store is full."""
+    if (node := shutil.which("node")) is None:
+        pytest.skip("Node.js is not installed")
+    folder = tmp_path_factory.mktemp("page")
+    for name, text in {**MODULES, "package.json": '{"type": "module"}', "browser.js": BROWSER}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    run = subprocess.run([node, "browser.js"], check=False, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    told: dict[str, Any] = json.loads(run.stdout)
+    return told
+
+
+def test_a_request_that_cannot_be_asked_for_is_remembered_and_the_others_come_back(
+    told_of_runs: dict[str, Any],
+) -> None:
+    assert told_of_runs["restored"] == ["req_1", "req_4"]
+    assert told_of_runs["remembered"] == ["req_2", "req_1", "req_4"]
+
+
+def test_an_end_of_which_no_event_tells_is_asked_for(told_of_runs: dict[str, Any]) -> None:
+    assert told_of_runs["ended"] == ["done", 2, 1]
+
+
+def test_a_request_that_there_is_no_room_to_remember_is_followed_and_the_oldest_are_forgotten(
+    told_of_runs: dict[str, Any],
+) -> None:
+    assert told_of_runs["submitted"] == "req_7"
+    assert told_of_runs["kept"] == ["req_6", "req_7"]
+    assert told_of_runs["beyond"] == "req_8"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

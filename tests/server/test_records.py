@@ -1,5 +1,7 @@
 """Records: every request's end is told, whatever the disk does."""
 
+import asyncio
+import errno
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +14,12 @@ import pytest
 from filming import Client
 from serving import LONG, QUICK, engine
 
-from triptych.server.jobs import JobStore
+from triptych.engine.job import Job
+from triptych.errors import Cancelled
+from triptych.server.jobs import JobStore, StoredJob
 from triptych.server.limits import Limits
+from triptych.server.problems import problem_of
+from triptych.server.records import Record, Records
 
 
 @contextmanager
@@ -69,6 +75,83 @@ def test_a_result_that_cannot_be_kept_fails_though_that_cannot_be_noted_either(
         status = ended(address)
         assert (status["status"], "larger than the 1000 kept" in status["error"]["message"]) == ("failed", True)
         assert "the job store cannot note that it is failed: database is locked" in caplog.text
+
+
+def test_on_a_full_disk_what_is_deleted_makes_room_for_itself(
+    film: Callable[..., Client], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = JobStore(tmp_path)
+    client = film(engine(), None, store)
+    words = "SELECT RAISE(ABORT, 'database or disk is full')"
+    store._database.create_function("is_full", 0, lambda: False)
+    store._database.execute(f"CREATE TEMP TRIGGER full BEFORE DELETE ON jobs WHEN is_full() BEGIN {words}; END")
+    for name in ("deleted", "trimmed"):
+        address = submit(client, QUICK)
+        ended(address)
+        folder = store.results / address.rpartition("/")[2]
+        store._database.create_function("is_full", 0, folder.exists)
+        if name == "deleted":
+            assert httpx.delete(address).status_code == 204
+        else:
+            client.service.records.limits = Limits(kept=0)
+            httpx.get(f"{address}/result")
+        assert httpx.get(address).status_code == 404
+        end = time.monotonic() + 10
+        while folder.exists() or store.all():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    assert caplog.text.count("its files are removed before its row: database or disk is full") == 2
+    assert client.service.records.spool.nbytes == 0
+
+
+def test_a_request_whose_row_cannot_be_removed_is_still_there_to_be_deleted(
+    film: Callable[..., Client], tmp_path: Path
+) -> None:
+    store = JobStore(tmp_path)
+    client = film(engine(), None, store)
+    address = submit(client, QUICK)
+    ended(address)
+    with locked(store):
+        assert httpx.delete(address).status_code == 500
+        assert list(store.results.iterdir()) == []
+    assert httpx.delete(address).status_code == 204
+    assert store.all() == []
+
+
+def test_a_request_that_is_cancelled_before_the_engine_has_it_is_not_left_to_the_next_server(tmp_path: Path) -> None:
+    store = JobStore(tmp_path)
+    records, job = Records(Limits(), store), Job()
+    record = Record(job.id, None, 7, "images", time.time())
+
+    async def cancel_early() -> None:
+        records.add(record)
+        records.give_up(record, "cancelled")
+        store.add(StoredJob(record.id, "fingerprint", "images", 7, record.created), b"{}")
+        record.lasting, record.job = True, job
+        records.listen(record, job, asyncio.get_running_loop())
+        job.tell("queued", position=0)
+        job.end(Cancelled("the request was cancelled"))
+        end = time.monotonic() + 10
+        while store.all()[0].status != "cancelled":
+            assert time.monotonic() < end
+            await asyncio.sleep(0.01)
+
+    asyncio.run(cancel_early())
+    assert ([event.kind for event in record.events], record.job) == (["cancelled"], None)
+    assert store.all()[0].error is not None
+    store.close()
+    records.spool.close()
+
+
+def test_a_full_disk_is_507() -> None:
+    with closing(sqlite3.connect(":memory:")) as database, pytest.raises(sqlite3.Error) as caught:
+        database.execute("PRAGMA max_page_count = 1")
+        database.execute("CREATE TABLE jobs (id)")
+    for error in (caught.value, OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "quota")):
+        problem = problem_of(error)
+        assert (problem.status, problem.code) == (507, "no_space")
+    for error in (sqlite3.OperationalError("database is locked"), OSError(errno.EIO, "Input/output error")):
+        assert problem_of(error).status == 500
 
 
 def test_a_request_that_ends_without_a_result_says_so_though_that_cannot_be_noted(

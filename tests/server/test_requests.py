@@ -64,7 +64,7 @@ def test_the_step_the_role_and_the_position_are_told(caller: Caller) -> None:
 
 def test_queued_requests_are_told_how_many_are_before_them(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
     (replica,) = engine().router.replicas
-    monkeypatch.setattr(replica, "draining", True)  # nothing is started
+    monkeypatch.setattr(replica, "slots", dict.fromkeys(replica.slots, 0))  # nothing is started
     requests = [caller.submit(QUICK) for _ in range(3)]
     assert [caller.status(each)["position"] for each in requests] == [0, 1, 2]
     caller.post(requests[0]["links"]["cancel"])
@@ -91,6 +91,12 @@ def test_queued_requests_are_told_how_many_are_before_them(caller: Caller, monke
         ({"prompt": "a fox", "image": "aGVsbG8="}, {"field": "image", "value": "aGVsbG8="}),
         ({"prompt": "a fox", "image": data_url()[:-60]}, {"field": "image"}),
         ({"prompt": "a fox", "image": 5}, {"field": "image", "value": 5}),
+        ({"prompt": "a fox", "self": 1}, {"code": "unknown_parameter", "field": "self"}),
+        ({"prompt": "a fox", "lora": 0}, {"field": "lora", "value": 0}),
+        ({"prompt": "a fox", "lora": False}, {"field": "lora", "value": False}),
+        ({"prompt": "a fox", "lora": ""}, {"field": "lora", "value": ""}),
+        ({"prompt": "a fox", "lora": {}}, {"field": "lora", "value": "{}"}),
+        ({"prompt": data_url(), "height": [data_url()] * 2}, {"field": "height"}),
     ],
 )
 def test_a_parameter_that_is_not_accepted_is_400_with_the_fields_of_its_error(

@@ -4,6 +4,7 @@ import io
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,26 @@ def test_videos_come_out_of_the_spool_as_they_would_be_saved(tmp_path: Path, suf
     expected = video().save(tmp_path / f"fox{suffix}")
     for k in range(2):
         assert spool.file("req_1", k, 2, suffix).read_bytes() == expected[k].read_bytes()
+    assert spool.nbytes == sum(path.stat().st_size for path in files(spool))
+    spool.close()
+
+
+def test_a_file_that_several_ask_for_at_once_is_made_and_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool(10**9)
+    spool.put("req_1", video())
+    made: list[Path] = []
+    save = Result.save
+
+    def slowly(self: Result, path: Path) -> list[Path]:
+        made.append(path)
+        time.sleep(0.2)
+        return save(self, path)
+
+    monkeypatch.setattr(Result, "save", slowly)
+    with ThreadPoolExecutor(4) as threads:
+        work = [threads.submit(spool.file, "req_1", k % 2, 2, (".gif", ".webp")[k // 4]) for k in range(8)]
+        assert len({each.result() for each in work}) == 4
+    assert sorted(path.suffix for path in made) == [".gif", ".webp"]
     assert spool.nbytes == sum(path.stat().st_size for path in files(spool))
     spool.close()
 

@@ -4,11 +4,13 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +266,73 @@ def test_results_of_a_server_before_count_and_go_first(wan: Engine, tmp_path: Pa
         while len(list((tmp_path / "results").iterdir())) > 2 and time.monotonic() < end:
             time.sleep(0.02)
         assert sorted(path.name for path in (tmp_path / "results").iterdir()) == sorted(kept)
+
+
+def numbers(client: Client, name: str, last: int | str) -> list[int]:
+    """The numbers of the events that a reader is told whose last one was this."""
+    address = f"{client.root}/v1/requests/{name}/events"
+    response = httpx.get(address, headers={"Last-Event-ID": str(last)}, timeout=60)
+    assert (response.status_code, response.text) in ((200, response.text), (204, ""))
+    return [int(each) for each in re.findall(r"^id: (\d+)$", response.text, flags=re.MULTILINE)]
+
+
+def test_a_reader_of_a_server_before_learns_the_end_whatever_it_had_seen(tmp_path: Path) -> None:
+    body = {"parameters": {"prompt": "a dog", "num_inference_steps": 1}}
+    with serving(embedded_engine(), None, JobStore(tmp_path)) as client:
+        name = httpx.post(f"{client.root}/v1/requests", json=body, timeout=30).json()["id"]
+        seen = numbers(client, name, "")
+    with serving(embedded_engine(), None, JobStore(tmp_path)) as client:
+        (end,) = numbers(client, name, "")
+        assert [numbers(client, name, last) for last in (*seen, 500)] == [[end]] * (len(seen) + 1)
+        assert numbers(client, name, end) == []
+    with serving(embedded_engine(), None, JobStore(tmp_path)) as client:
+        assert len(numbers(client, name, 0)) == 1
+
+
+def test_a_request_that_is_run_again_tells_all_anew(wan: Engine, stored: Callable[..., JobStore]) -> None:
+    with serving(wan, None, stored()) as client:
+        wait(client, is_done)
+        told = numbers(client, "video_1", "")
+        assert [numbers(client, "video_1", last) for last in range(len(told))] == [told] * len(told)
+        assert numbers(client, "video_1", told[2]) == told[3:]
+
+
+def test_a_full_disk_keeps_no_server_from_starting_and_stopping(
+    wan: Engine, stored: Callable[..., JobStore], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = stored("running")
+    with closing(sqlite3.connect(store.folder / "jobs.sqlite3")) as database:
+        words = "SELECT RAISE(ABORT, 'database or disk is full')"
+        database.execute(f"CREATE TRIGGER full BEFORE UPDATE ON jobs BEGIN {words}; END")
+    with serving(wan, None, store) as client:
+        assert wait(client, is_done)["status"] == "completed"
+    assert "cannot note that the server's process died while it ran: database or disk is full" in caplog.text
+    assert store.closed
+    JobStore(store.folder).close()
+
+
+def test_a_request_that_is_cancelled_while_it_is_given_to_the_engine_has_one_end(
+    wan: Engine, stored: Callable[..., JobStore], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = stored()
+    store.submission = partial(cancelled_meanwhile, store, store.submission)  # type: ignore[method-assign]
+    with serving(None, None, store) as client:
+        store.client = client  # type: ignore[attr-defined]
+        client.service.engine = wan
+        wait(client, is_done)
+        end = time.monotonic() + 30
+        while client.service.records.get("video_1").job is not None or len(wan.router):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert [each.kind for each in client.service.records.get("video_1").events] == ["cancelled"]
+    assert "cannot be run again" not in caplog.text
+
+
+def cancelled_meanwhile(store: Any, submission: Callable[[str], bytes], name: str) -> bytes:
+    """Read what was submitted, and have its caller cancel it before the engine gets it."""
+    read = submission(name)
+    httpx.post(f"{store.client.root}/v1/requests/{name}/cancel")
+    return read
 
 
 def test_videos_expire_even_while_no_server_runs(wan: Engine, tmp_path: Path) -> None:

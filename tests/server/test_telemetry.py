@@ -1,5 +1,6 @@
 """Telemetry: what is counted of requests and replicas, and the spans that a collector is sent."""
 
+import gc
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -81,6 +83,38 @@ def test_requests_their_roles_and_their_steps_are_counted(serve: Callable[..., C
         after["triptych_forward_requests_bucket", ("+Inf", pool)] == after["triptych_forward_requests_count", (pool,)]
     )
     assert (after["triptych_ready", ()], after["triptych_replicas", (pool, "ready")]) == (1, 1)
+
+
+def test_a_result_is_let_go_of_with_the_end_of_its_request(serve: Callable[..., Caller]) -> None:
+    """Without waiting for Python to look for circles, which it may not do for hours."""
+    caller = serve()
+    gc.disable()
+    try:
+        request = caller.submit({**QUICK, "num_inference_steps": 20})
+        job = caller.service.records.get(request["id"]).job
+        assert job is not None
+        known, late = weakref.ref(job), Late()
+        caller.wait(request)
+        job.listen(late.hear)
+        assert late.heard[-1].kind == "done"
+        known_late = weakref.ref(late)
+        del late
+        assert known_late() is None, "who comes late is told and not kept"
+        del job
+        engine().submit(Request(**QUICK, exact=False)).result(60)  # what the engine's threads last had in hand
+        until(lambda: known() is None)
+    finally:
+        gc.enable()
+
+
+class Late:
+    """Listens when all is over."""
+
+    def __init__(self) -> None:
+        self.heard: list[Event] = []
+
+    def hear(self, event: Event) -> None:
+        self.heard.append(event)
 
 
 def test_what_is_not_taken_on_is_counted_by_its_reason(serve: Callable[..., Caller]) -> None:

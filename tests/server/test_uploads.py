@@ -15,11 +15,11 @@ from triptych.server.uploads import SMALL
 
 
 @contextmanager
-def connection(caller: Caller, *headers: str) -> Iterator[socket.socket]:
+def connection(caller: Caller, *headers: str, path: str = "/v1/requests") -> Iterator[socket.socket]:
     """A request whose head has been sent and whose body has not."""
     address = httpx.URL(caller.url)
     with socket.create_connection((address.host, address.port or 0), timeout=10) as opened:
-        head = "\r\n".join(("POST /v1/requests HTTP/1.1", f"Host: {address.host}", *headers, "", ""))
+        head = "\r\n".join((f"POST {path} HTTP/1.1", f"Host: {address.host}", *headers, "", ""))
         opened.sendall(head.encode())
         yield opened
 
@@ -57,6 +57,25 @@ def test_a_body_that_trickles_is_408(serve: Callable[..., Caller]) -> None:
                 pass
     assert told.startswith(b"HTTP/1.1 408 ")
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("path", ["/v1/requests", "/v1/images/generations"])
+def test_a_caller_that_goes_away_while_it_uploads_is_no_failure_of_the_server(
+    caller: Caller, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def counted(status: str) -> str:
+        return next((line for line in caller.get("/metrics").text.splitlines() if f'status="{status}"' in line), "0")
+
+    gone, failed = counted("499"), counted("500")
+    with connection(caller, "Content-Length: 1000", path=path) as opened:
+        opened.sendall(b"{")
+        time.sleep(0.1)
+    end = time.monotonic() + 10
+    while counted("499") == gone:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert counted("500") == failed
+    assert caplog.records == []
 
 
 def test_large_uploads_are_bounded_and_small_ones_go_on(serve: Callable[..., Caller]) -> None:

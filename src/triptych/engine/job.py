@@ -87,8 +87,9 @@ class Job:
 
     def cancel(self) -> None:
         """Stop the request before its next step. Does nothing when it has ended."""
-        if self._cancel is not None and self.status not in ENDED:
-            self._cancel()
+        cancel = self._cancel  # `end` may take it away
+        if cancel is not None and self.status not in ENDED:
+            cancel()
 
     def events(self, start: int = 0) -> Iterator[Event]:
         """Yield the request's events from number `start` on, as they come, to the last."""
@@ -105,7 +106,8 @@ class Job:
         with self._changed:
             for event in self._events:
                 listener(event)
-            self._listeners.append(listener)
+            if self.status not in ENDED:
+                self._listeners.append(listener)
 
     @property
     def last_event(self) -> Event | None:
@@ -136,6 +138,8 @@ class Job:
             else:
                 self.status, self._result = "done", outcome
                 self._add("done", {"seconds": time.time() - self.created})
+            self._listeners.clear()  # they know the job: in a circle its result would stay until Python looks for those
+            self._cancel = None
             self._ended.set()
             return True
 

@@ -193,6 +193,7 @@ class LocalEngine(Engine):
         batching: bool = True,
         warm_up: bool = True,
     ) -> None:
+        self._failed = False  # whether a role has no device any more
         options: dict[str, Any] = {"dtype": dtype, "tasks": tasks, "revision": revision, "variant": variant}
         options["acceleration"] = parse_acceleration(acceleration)
         self.router = Router(lambda handover: handover.payload.result, policy=policy, max_waiting=max_waiting)
@@ -227,7 +228,7 @@ class LocalEngine(Engine):
             self.warm_up()
 
     def hand_in(self, state: State) -> Handover:
-        if not self.ready():
+        if self._failed:
             raise ReplicaLost(_FAILED)
         streams.wait_for(state.fields)
         return Handover(state.next_role, state)
@@ -243,6 +244,7 @@ class LocalEngine(Engine):
         replica.draining = True
         log.critical("the device of %s has failed, and it is given nothing more: %s", replica.name, error)
         if not self.ready():
+            self._failed = True
             self.router.cancel_all(ReplicaLost(_FAILED))
 
     def close(self, timeout: float | None = None) -> None:

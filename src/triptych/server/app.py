@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.requests import ClientDisconnect
 
 import triptych
 from triptych.errors import ParameterError, TriptychError
@@ -24,6 +27,7 @@ from triptych.server.kept_file import KeptFile
 from triptych.server.openai.images import images_router
 from triptych.server.openai.models import models_router
 from triptych.server.openai.videos import videos_router
+from triptych.server.openai.waiting import CLOSED
 from triptych.server.openapi import completed
 from triptych.server.page import page_router
 from triptych.server.pools import pools_router
@@ -88,7 +92,6 @@ def create_app(service: Service, access: Access | None = None) -> FastAPI:
         docs_url=None,  # they load scripts from other hosts
         redoc_url=None,
     )
-    _answer_errors(app)
     app.openapi = completed(app)  # type: ignore[method-assign]
 
     @app.post("/v1/requests", status_code=202, responses=errors(400, 429, 507), openapi_extra=_SUBMISSION)
@@ -109,19 +112,21 @@ def create_app(service: Service, access: Access | None = None) -> FastAPI:
     @app.get("/v1/requests/{name}/events", response_class=StreamingResponse, responses={**_EVENTS, **errors(404)})
     async def events(name: str, last_event_id: str | None = Header(None)) -> Response:
         """Tell what happens to a request, as it happens, from after `Last-Event-ID` on."""
-        record, start = records.get(name), sse.first_unseen(last_event_id)
-        if start > len(record.events):
+        record = records.get(name)
+        start = sse.first_unseen(last_event_id) - record.first
+        if not 0 <= start <= len(record.events):
             start = 0  # the server has started anew since, and so has the request
-        if record.ended is not None and start >= len(record.events):
+        if record.ended is not None and start == len(record.events):
             return Response(status_code=204)  # a browser then stops asking
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         stream = sse.stream(record, start, limits.keep_alive)
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
+    @app.head("/v1/requests/{name}/result", include_in_schema=False)
     @app.get(
         "/v1/requests/{name}/result",
         response_class=FileResponse,
-        responses={**files_of(*MEDIA_TYPES), **errors(400, 404, 406, 409, 410)},
+        responses={**files_of(*MEDIA_TYPES), **errors(400, 404, 406, 409, 410, 507)},
     )
     async def result(
         name: str, index: int = Query(0), format: str | None = Query(None), accept: str | None = Header(None)
@@ -152,7 +157,7 @@ def create_app(service: Service, access: Access | None = None) -> FastAPI:
         await service.cancel(record)
         return status_of(record, records.position(record))
 
-    @app.delete("/v1/requests/{name}", status_code=204, responses=errors(404))
+    @app.delete("/v1/requests/{name}", status_code=204, responses=errors(404, 507))
     async def delete(name: str) -> None:
         """Stop a request, and forget it and its result."""
         await service.forget(records.get(name))
@@ -162,11 +167,13 @@ def create_app(service: Service, access: Access | None = None) -> FastAPI:
         """Tell how things stand: replicas, queues, bytes."""
         return service.snapshot()
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Answer as long as the process is alive."""
         return {"status": "alive"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses=errors(503))
     def ready() -> dict[str, str]:
         """Answer 200 when requests can be served."""
@@ -180,6 +187,7 @@ def create_app(service: Service, access: Access | None = None) -> FastAPI:
     app.add_middleware(Uploads, limits=limits)
     app.add_middleware(Guard, access=access or Access())
     telemetry.install(app)
+    _answer_errors(app)
     if access is not None and access.origins:
         app.add_middleware(CORSMiddleware, allow_origins=access.origins, **_CORS)  # the last is the first to be asked
     app.include_router(videos_router(service))
@@ -214,6 +222,9 @@ def _answer_errors(app: FastAPI) -> None:
         response.headers["Connection"] = "close"
         return response
 
+    async def gone(_: Request, error: Exception) -> Response:
+        return Response(status_code=CLOSED)  # nobody reads it: it is for those who count
+
     async def from_framework(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         words = {404: "not_found", 405: "method_not_allowed"}
@@ -227,6 +238,10 @@ def _answer_errors(app: FastAPI) -> None:
 
     app.add_exception_handler(Refusal, expected)
     app.add_exception_handler(TriptychError, expected)
-    app.add_exception_handler(Exception, unexpected)
+    app.add_exception_handler(ClientDisconnect, gone)
+    app.add_exception_handler(OSError, expected)  # a full disk
+    app.add_exception_handler(sqlite3.Error, expected)
+    # Not as a handler: those of `Exception` are outside of what lets pages of other sites read an answer.
+    app.add_middleware(ServerErrorMiddleware, handler=unexpected)
     app.add_exception_handler(HTTPException, from_framework)
     app.add_exception_handler(RequestValidationError, bad_query)

@@ -112,7 +112,10 @@ class Guard:
         site = headers.get("sec-fetch-site")
         if site is not None:
             return site not in ("same-origin", "none")
-        return origin is not None and urlsplit(origin).netloc != headers.get("host")
+        try:
+            return origin is not None and urlsplit(origin).netloc != headers.get("host")
+        except ValueError:  # it is no origin at all
+            return True
 
 
 def refuse(status: int, message: str, code: str, **headers: str) -> JSONResponse:

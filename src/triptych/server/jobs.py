@@ -228,7 +228,10 @@ class JobStore:
 
     def close(self) -> None:
         """Leave everything to the next process: jobs that run are queued, and what happens from now on is not noted."""
-        self._write("UPDATE jobs SET status = 'queued' WHERE status = 'running'", to_disk=True)
+        try:
+            self._write("UPDATE jobs SET status = 'queued' WHERE status = 'running'", to_disk=True)
+        except (OSError, sqlite3.Error) as error:  # whatever the disk is like, the server stops as it should
+            log.error("%s: to the next server, what runs now will have been interrupted: %s", self.folder, error)
         with self._lock:
             if self._open:
                 self._open = False

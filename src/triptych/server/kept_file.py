@@ -6,6 +6,7 @@ import os
 
 from anyio import to_thread
 from fastapi.responses import FileResponse
+from starlette.responses import MalformedRangeHeader
 from starlette.types import Receive, Scope, Send
 
 from triptych.server.problems import Refusal
@@ -13,6 +14,17 @@ from triptych.server.problems import Refusal
 
 class KeptFile(FileResponse):
     """A file of a result; 404 where the result was dropped between the file's making and its sending."""
+
+    @classmethod
+    def _parse_range_header(cls, http_range: str, file_size: int) -> list[tuple[int, int]]:
+        """Return the ranges asked for; none, which is the whole file, for a header that is to be ignored.
+
+        RFC 9110, 14.2: one of another unit is, and so may one be that cannot be read.
+        """
+        try:
+            return super()._parse_range_header(http_range, file_size)
+        except MalformedRangeHeader:
+            return []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +19,15 @@ from triptych.errors import (
     TriptychError,
     UnknownParameterError,
     UsageError,
+    shown,
 )
 
 _LONGEST = 200
 """Characters of a refused name or value that are sent back."""
 _LONGEST_MESSAGE = 4000
 """Characters."""
+_LONGEST_INTEGER = 2048
+"""Bits of a refused value that is sent back as a number."""
 _LONGEST_WAIT = 600.0
 """Seconds."""
 
@@ -90,6 +95,8 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, Refusal):
         return error.problem
     status, code = next(((s, c) for cls, s, c in _STATUSES if isinstance(error, cls)), (500, "internal"))
+    if _is_full(error):
+        status, code = 507, "no_space"
     message = str(error) if isinstance(error, TriptychError) else f"unexpected {type(error).__name__}: {error}"
     headers = {}
     if isinstance(error, OverloadedError):
@@ -111,6 +118,13 @@ def _details(error: Exception) -> dict[str, Any]:
     return {}
 
 
+def _is_full(error: Exception) -> bool:
+    """Return whether an error says that the disk is full."""
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def _wait(error: OverloadedError) -> float:
     """Return the seconds that a caller is told to wait: a prediction may be anything."""
     return min(error.retry_after, _LONGEST_WAIT)
@@ -118,9 +132,11 @@ def _wait(error: OverloadedError) -> float:
 
 def _plain(value: object) -> object:
     """Return a refused value as it may be sent back: itself where it is short and plain, else its beginning as text."""
-    if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    return _sendable(value if isinstance(value, str) else repr(value), _LONGEST)
+    if isinstance(value, int) and value.bit_length() <= _LONGEST_INTEGER:
+        return value
+    return _sendable(value if isinstance(value, str) else shown(value), _LONGEST)
 
 
 def _sendable(text: str, longest: int) -> str:

@@ -44,6 +44,7 @@ class Record:
         lasting: whether the job store has it too.
         left: whether it is left to the next server, which will run it again: this one tells no more of it.
         keep: what is done with the result, in a thread, instead of keeping it on disk for whoever asks.
+        first: the number of its first event; of a request of the server before, one that no server has told yet.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Record:
     lasting: bool = False
     left: bool = False
     keep: Callable[[Result], None] | None = None
+    first: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def last(self, kind: str) -> dict[str, Any]:
@@ -70,7 +72,7 @@ class Record:
         return next((event.details for event in reversed(self.events) if event.kind == kind), {})
 
     async def follow(self, start: int, patience: float) -> AsyncIterator[Event | None]:
-        """Yield the events from number `start` on, as they come, to the last; None after `patience` silent seconds."""
+        """Yield all events but the first `start`, as they come, to the last; None after `patience` silent seconds."""
         while True:
             changed = self._changed
             while start < len(self.events):
@@ -90,7 +92,7 @@ class Record:
 
     def publish(self, event: Event) -> None:
         """Add an event, and wake whoever follows."""
-        self.events.append(event)
+        self.events.append(replace(event, number=self.first + len(self.events)))
         if event.kind == "started":
             self.status = "running"
         elif event.kind in ENDED:
@@ -207,6 +209,12 @@ class Records:
 
     def _receive(self, record: Record, event: Event) -> None:
         job = record.job
+        if record.ended is not None:  # it was cancelled before it had its job, which is being stopped
+            if event.kind in ENDED:
+                record.job = None
+                if record.lasting:  # the job store may have got it after its end
+                    self._start(self._note(record, record.events[-1], record.error))
+            return
         if event.kind in ENDED and record.lasting and self.store is not None and self.store.closed:
             record.leave()
             return
@@ -271,11 +279,32 @@ class Records:
             self._drop(record)
         self.trim()
 
+    async def erase(self, record: Record) -> None:
+        """Remove a record's row and its files; the files first where the disk is too full to change the table.
+
+        Raises:
+            OSError, sqlite3.Error: the row cannot be removed all the same.
+        """
+        self.spool.release(record.id)
+        store = self.store if record.lasting else None
+        if store is not None:
+            try:
+                await to_thread.run_sync(store.forget, record.id)
+            except (OSError, sqlite3.Error) as failure:
+                log.warning("%s: its files are removed before its row: %s", record.id, failure)
+                await to_thread.run_sync(self.spool.erase, record.id)
+                await to_thread.run_sync(store.forget, record.id)
+        await to_thread.run_sync(self.spool.erase, record.id)
+
     def _drop(self, record: Record) -> None:
         self.spool.release(record.id)
-        if record.lasting and self.store is not None:
-            self._start(to_thread.run_sync(self.store.forget, record.id))
-        self._start(to_thread.run_sync(self.spool.erase, record.id))
+        self._start(self._erase(record))
+
+    async def _erase(self, record: Record) -> None:
+        try:
+            await self.erase(record)
+        except (OSError, sqlite3.Error) as failure:
+            log.error("%s: the job store cannot forget it: %s", record.id, failure)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

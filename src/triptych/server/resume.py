@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,11 @@ async def resume(service: Service, store: JobStore, waiting: Waiting) -> None:
 
 
 async def _count_interruption(service: Service, store: JobStore, record: Record) -> None:
-    count = await to_thread.run_sync(store.interrupted, record.id)
+    try:
+        count = await to_thread.run_sync(store.interrupted, record.id)
+    except (OSError, sqlite3.Error) as failure:  # whatever the disk is like, the server starts
+        log.error("%s: the job store cannot note that the server's process died while it ran: %s", record.id, failure)
+        return
     record.lost = [f"the server's process died while it ran this, for the {count}. time"]
     if count >= INTERRUPTIONS:
         reason = f"the server's process died {count} times while it ran this: it is not tried again"
@@ -93,6 +98,8 @@ async def _run_again(service: Service, store: JobStore, record: Record, stored: 
             await asyncio.sleep(_FULL)
             continue
         except Exception as error:  # whatever it is, the caller has to be told
+            if record.ended is not None:  # cancelled or removed in the meantime, and its submission with it
+                return
             if not isinstance(error, DeadlineExceeded):
                 log.error("%s cannot be run again", record.id, exc_info=error)
             service.records.give_up(record, "failed", problem_of(error))
@@ -104,7 +111,10 @@ async def _run_again(service: Service, store: JobStore, record: Record, stored: 
 
 def restored(stored: StoredJob) -> Record:
     """Return the record of a stored job; one that has not ended is queued, and has no job yet."""
-    record = Record(stored.id, None, stored.seed, stored.makes, stored.created, told=dict(stored.told), lasting=True)
+    # Its events are counted from the milliseconds of now on: those who heard of it from servers before hear all anew.
+    first = int(time.time() * 1000)
+    told = dict(stored.told)
+    record = Record(stored.id, None, stored.seed, stored.makes, stored.created, told=told, lasting=True, first=first)
     if stored.ended is None:
         return record
     record.outputs, record.timings = stored.outputs, dict(stored.timings)

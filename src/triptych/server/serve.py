@@ -100,12 +100,15 @@ def drain(service: Service, patience: float, stop: Stop) -> None:
 
 @contextmanager
 def _signals() -> Iterator[Stop]:
-    """Let SIGINT and SIGTERM ask for a stop instead of raising."""
+    """Let SIGINT, SIGTERM and a terminal that goes away ask for a stop instead of raising."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` leaves it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield stop
     finally:

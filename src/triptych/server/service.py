@@ -146,10 +146,14 @@ class Service:
         return job
 
     async def forget(self, record: Record) -> None:
-        """Stop a request, and forget it and its result; the next server will not know it either."""
+        """Stop a request, and forget it and its result; the next server will not know it either.
+
+        Raises:
+            OSError, sqlite3.Error: the job store cannot forget it.
+        """
         await self.cancel(record)
-        if record.lasting and self.records.store is not None:
-            await to_thread.run_sync(self.records.store.forget, record.id)  # before the answer says so
+        if record.lasting:
+            await self.records.erase(record)  # before the answer says so
         self.records.remove(record)
 
     async def cancel(self, record: Record) -> None:

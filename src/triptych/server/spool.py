@@ -38,6 +38,7 @@ class Spool:
         self._temporary = TemporaryDirectory(prefix="triptych-results-")
         self._lasting: set[str] = set()
         self._sizes: dict[str, int] = {}
+        self._making: dict[str, dict[str, threading.Lock]] = {}  # of each result, by the suffix of what is made of it
         self._lock = threading.Lock()
         for folder in () if lasting is None else lasting.iterdir():
             self._lasting.add(folder.name)
@@ -146,16 +147,22 @@ class Spool:
 
         folder = self._folder(name)
         paths = numbered(folder / f"output{suffix}", count)
-        if not all(each.exists() for each in paths):
-            fields: dict[str, Any] = wire.unpack((folder / _RESULT).read_bytes())[0]
-            Result(**fields).save(folder / f"output{suffix}")
-            self._count(name, sum(each.stat().st_size for each in paths))
+        with self._lock:
+            if name not in self._sizes:
+                raise FileNotFoundError(name)
+            making = self._making.setdefault(name, {}).setdefault(suffix, threading.Lock())
+        with making:  # those who ask at the same time wait for the one that makes it
+            if not all(each.exists() for each in paths):
+                fields: dict[str, Any] = wire.unpack((folder / _RESULT).read_bytes())[0]
+                Result(**fields).save(folder / f"output{suffix}")
+                self._count(name, sum(each.stat().st_size for each in paths))
         return paths[index]
 
     def release(self, name: str) -> None:
         """Count a result no longer, because it is about to be erased; never waits for the disk."""
         with self._lock:
             self.nbytes -= self._sizes.pop(name, 0)
+            self._making.pop(name, None)
 
     def erase(self, name: str) -> None:
         """Remove the files of a result; a second time too, where they came to be after the first."""

@@ -19,7 +19,7 @@ RETRY = 1000
 def first_unseen(last_event_id: str | None) -> int:
     """Return the number of the event that follows the last one a reader has; 0 for one that has none."""
     text = (last_event_id or "").strip()
-    return int(text) + 1 if text.isascii() and text.isdigit() and len(text) < 10 else 0
+    return int(text) + 1 if text.isascii() and text.isdigit() and len(text) < 16 else 0
 
 
 def encode(record: Record, event: Event) -> str:

@@ -35,6 +35,8 @@ _COUNTS = ("num_frames", "layers", "num_images_per_prompt", "num_videos_per_prom
 """Parameters that say how many pictures of one size a request asks for: their product."""
 _USUAL_AREA = 2**20
 """Pixels that a picture is taken to have where its size follows from one that was given: models work near it."""
+_DEEPEST = 8
+"""Parts of a place in a body that are told."""
 _DATA_URL = re.compile(r"data:[^,]*;base64,")
 
 
@@ -67,6 +69,18 @@ def parse(body: bytes, limits: Limits) -> Submission:
     return submission
 
 
+def submission_of(parameters: dict[str, Any]) -> Submission:
+    """Return the submission of parameters that came in another form.
+
+    Raises:
+        UsageError: one of them is none that JSON can carry.
+    """
+    try:
+        return Submission(parameters=parameters)
+    except ValidationError as error:
+        raise _explained(error) from None
+
+
 def request_of(submission: Submission, limits: Limits) -> Request:
     """Return the request that a submission asks for, with its pictures opened and its seed settled.
 
@@ -80,6 +94,8 @@ def request_of(submission: Submission, limits: Limits) -> Request:
             values[name] = (
                 [pictures.open(name, each) for each in value] if isinstance(value, list) else pictures.open(name, value)
             )
+        elif name == "lora" and value is not None and not isinstance(value, list):
+            raise ParameterError(name, value, 'a list of {"path": ..., "scale": 1.0} is accepted')
         elif value is not None and TENSOR.search(name):
             raise ParameterError(name, value, "tensors and videos cannot be sent over HTTP")
         else:
@@ -208,7 +224,7 @@ def _explained(error: ValidationError) -> UsageError:
     """Return pydantic's first complaint as one of ours."""
     errors = error.errors(include_url=False, include_context=False)
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
-    name = ".".join(str(part) for part in first["loc"])
+    name = ".".join(str(part) for part in first["loc"][:_DEEPEST])
     if not name:
         return UsageError(
             f'the body is not what is accepted, as in {{"parameters": {{"prompt": ...}}}}: {first["msg"]}'

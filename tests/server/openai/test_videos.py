@@ -200,6 +200,9 @@ def test_forms_and_json_mean_the_same(filmer: Client) -> None:
     assert made[0] == made[1]
 
 
+FORM = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na fox\r\n--x--\r\n'
+
+
 @pytest.mark.parametrize(
     ("headers", "body", "status"),
     [
@@ -211,6 +214,8 @@ def test_forms_and_json_mean_the_same(filmer: Client) -> None:
         ({"content-type": "multipart/form-data"}, b"--x--", 400),
         ({"content-type": "multipart/form-data; boundary=x"}, b"not a form", 400),
         ({"content-type": "multipart/form-data; boundary=x"}, b"--x\r\nContent-Disposition: form-data\r\n\r\n", 400),
+        ({"content-type": "multipart/form-data; boundary=x; charset=undefined"}, FORM, 400),
+        ({"content-type": "application/json"}, b'{"prompt": "a", "seed": ' + b"[" * 900 + b"]" * 900 + b"}", 400),
     ],
 )
 def test_bodies_that_are_none_are_refused(filmer: Client, headers: dict[str, str], body: bytes, status: int) -> None:
@@ -246,13 +251,37 @@ def test_a_name_that_no_answer_could_repeat_is_unknown(filmer: Client) -> None:
     assert (response.status_code, error["param"], error["code"]) == (400, TOLD, "unknown_parameter"), error
 
 
-@pytest.mark.parametrize("field", ["prompt=a +2AA- fox", 'lora=["+AFw-ud800"]'])
-def test_a_form_cannot_bring_it_either(filmer: Client, field: str) -> None:
-    name, _, text = field.partition("=")
-    fields = {"prompt": "a fox", "size": SMALL, **QUICK, name: text}
+def form(**fields: Any) -> bytes:
+    """The body of a form."""
     parts = [f'--x\r\nContent-Disposition: form-data; name="{each}"\r\n\r\n{fields[each]}\r\n' for each in fields]
-    kind = "multipart/form-data; charset=utf-7; boundary=x"  # of which halves can be made
-    refused_for_half(filmer, name, content="".join([*parts, "--x--"]).encode(), headers={"content-type": kind})
+    return "".join([*parts, "--x--\r\n"]).encode()
+
+
+def test_a_form_cannot_bring_it_either(filmer: Client) -> None:
+    kind = {"content-type": "multipart/form-data; charset=utf-7; boundary=x"}  # of which halves could be made
+    fields = {"prompt": "a fox", "size": SMALL, **QUICK}
+    refused_for_half(filmer, "lora", content=form(**fields, lora='["\\ud800"]'), headers=kind)
+    content = form(**{**fields, "prompt": "a +2AA- fox"})
+    assert httpx.post(f"{filmer.root}/v1/videos", content=content, headers=kind).json()["prompt"] == "a +2AA- fox"
+
+
+@pytest.mark.parametrize("missing", ["--\r\n", "x--\r\n", "\r\n--x--\r\n"])
+def test_a_form_that_ends_too_early_is_refused(filmer: Client, missing: str) -> None:
+    content = form(prompt="a fox", size=SMALL, **QUICK).removesuffix(missing.encode())
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    response = httpx.post(f"{filmer.root}/v1/videos", content=content, headers=kind)
+    assert response.status_code == 400, response.text
+    assert "it ends before its last boundary" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("charset", ["", "; charset=latin-1"])
+def test_a_text_of_a_form_that_is_no_utf_8_is_refused_by_name(filmer: Client, charset: str) -> None:
+    content = form(size=SMALL, **QUICK, prompt="a fox").replace(b"a fox", "ein Fuchs, schön".encode("latin-1"))
+    kind = {"content-type": f"multipart/form-data; boundary=x{charset}"}
+    response = httpx.post(f"{filmer.root}/v1/videos", content=content, headers=kind)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["value"]) == (400, "prompt", "f6 6e"), error
+    assert "text in UTF-8 is accepted" in error["message"]
 
 
 def refused_for_half(filmer: Client, param: str, **sent: Any) -> None:
@@ -313,6 +342,11 @@ def test_ranges_of_a_video_are_served(filmer: Client) -> None:
     assert (part.status_code, part.content) == (206, whole.content[100:200])
     assert part.headers["content-range"] == f"bytes 100-199/{len(whole.content)}"
     assert httpx.get(address, headers={"Range": "bytes=9999999-"}).status_code == 416
+    for ignored in ("frames=0-3", "bytes=7-2", "bytes", "bytes=", "bytes=a-b"):  # RFC 9110, 14.2
+        response = httpx.get(address, headers={"Range": ignored})
+        assert (response.status_code, response.content) == (200, whole.content), ignored
+    head = httpx.head(address)
+    assert (head.status_code, head.headers["content-length"]) == (200, str(len(whole.content)))
     assert httpx.get(address, params={"variant": "spritesheet"}).status_code == 400
 
 

@@ -56,15 +56,43 @@ async def read_fields(request: Request, files: int) -> Fields:
     return Fields(value)
 
 
+class _Parser(MultiPartParser):
+    """Reads a form whose texts are UTF-8, whatever it says of them, to its last boundary.
+
+    Attributes:
+        complete: whether that was there: without it, the last part is missing.
+    """
+
+    complete = False
+
+    def on_part_end(self) -> None:
+        part = self._current_part
+        if part.file is not None:
+            super().on_part_end()
+            return
+        try:
+            self.items.append((part.field_name, part.data.decode()))
+        except UnicodeDecodeError as error:
+            told = part.data[error.start : error.start + 8].hex(" ")
+            raise ParameterError(part.field_name, told, "text in UTF-8 is accepted, and these bytes are none") from None
+
+    def on_end(self) -> None:
+        self.complete = True
+
+
 async def _form(request: Request, files: int) -> Fields:
-    parser = MultiPartParser(request.headers, request.stream(), max_files=files, max_fields=_FIELDS)
+    parser = _Parser(request.headers, request.stream(), max_files=files, max_fields=_FIELDS)
     try:
         form = await parser.parse()
     except MultiPartException as error:
         raise UsageError(f"the form cannot be read: {error.message}") from None
+    except (UnicodeError, LookupError) as error:
+        raise UsageError(f"the form cannot be read: UTF-8 is accepted as its charset: {error}") from None
     fields = Fields()
     fields.texts = True
     try:
+        if not parser.complete:
+            raise UsageError("the form cannot be read: it ends before its last boundary")
         for name, value in form.multi_items():
             _add(fields, name, await value.read() if isinstance(value, UploadFile) else value)
     finally:

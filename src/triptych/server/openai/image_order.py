@@ -15,7 +15,7 @@ from triptych.server.openai.form import Fields, add_size, settle
 from triptych.server.openai.video_order import check_model
 from triptych.server.parameters import parameters_of
 from triptych.server.problems import Refusal
-from triptych.server.submission import Submission, request_of
+from triptych.server.submission import request_of, submission_of
 
 OWN = {
     "model": "text",
@@ -139,7 +139,7 @@ def order_of(fields: Fields, engine: Engine, limits: Limits, *, edit: bool) -> I
         field = "n" if count > 1 else "response_format"
         raise ParameterError(field, own[field], "a stream brings one picture, as b64_json")
     return ImageOrder(
-        request=request_of(Submission(parameters=given), limits),
+        request=request_of(submission_of(given), limits),
         model=check_model(own["model"], told.model),
         count=count,
         pictures=pictures,

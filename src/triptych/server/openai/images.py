@@ -59,7 +59,7 @@ _STREAM: dict[str, Any] = {"text/event-stream": {}}
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"model": ImagesAnswer, "content": _STREAM},
-    **errors(400, 404, 410, 415, 429, 504),
+    **errors(400, 404, 410, 415, 429, 504, 507),
 }
 
 
@@ -77,7 +77,10 @@ def images_router(service: Service) -> APIRouter:
         """Make pictures from a prompt and other pictures."""
         return await _serve(service, request, edit=True)
 
-    @router.get("/files/{name}/{file}", response_class=FileResponse, responses={**files_of(*_KINDS), **errors(404)})
+    @router.head("/files/{name}/{file}", include_in_schema=False)
+    @router.get(
+        "/files/{name}/{file}", response_class=FileResponse, responses={**files_of(*_KINDS), **errors(404, 507)}
+    )
     async def fetch(name: str, file: str) -> Response:
         """Hand over a picture that was asked for with `response_format=url`."""
         record = service.records.get(name)

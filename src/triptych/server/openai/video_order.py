@@ -16,7 +16,7 @@ from triptych.server.limits import Limits
 from triptych.server.openai.form import Fields, add_size, settle
 from triptych.server.parameters import parameters_of
 from triptych.server.problems import Refusal
-from triptych.server.submission import Submission, check_outputs, request_of
+from triptych.server.submission import Submission, check_outputs, request_of, submission_of
 
 OWN = ("model", "size", "seconds", "fps", "input_reference", "user")
 """Fields that are the interface's own, beside the family's parameters."""
@@ -73,7 +73,7 @@ def order_of(fields: Fields, engine: Engine, limits: Limits) -> VideoOrder:
     _add_pictures(given, own["input_reference"], kinds)
     if asked is not None:
         given["num_frames"] = asked
-    request = request_of(Submission(parameters=given, deadline=None), limits)
+    request = request_of(submission_of(given), limits)
     settled = _admitted(engine, request, snap=asked is not None)
     try:
         check_outputs(settled, limits, family)
@@ -100,7 +100,7 @@ def order_of(fields: Fields, engine: Engine, limits: Limits) -> VideoOrder:
         answer["adjusted"] = (
             f"{own['seconds']} seconds at {rate:g} frames a second are {asked} frames; the model makes {frames}"
         )
-    return VideoOrder(request, Submission(parameters=kept, deadline=None), answer)
+    return VideoOrder(request, submission_of(kept), answer)
 
 
 def check_model(asked: object, served: str) -> str:

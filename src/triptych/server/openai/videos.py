@@ -56,7 +56,7 @@ _BODY = {
         },
     }
 }
-_REFUSED = errors(400, 404, 415, 429)
+_REFUSED = errors(400, 404, 415, 429, 507)
 
 
 def videos_router(service: Service) -> APIRouter:
@@ -69,7 +69,7 @@ def videos_router(service: Service) -> APIRouter:
             response.headers["openai-poll-after-ms"] = str(poll_after(record, time.time()))
         return video_of(record, records.lifetime(record))
 
-    @router.post("", responses={**_REFUSED, **errors(507)}, openapi_extra=_BODY)
+    @router.post("", responses=_REFUSED, openapi_extra=_BODY)
     async def create(request: Request, response: Response) -> Video:
         """Take a video on, and answer at once; it is on disk before it is promised."""
         return told(await _take_on(service, await _order(service, request), lasting=True), response)
@@ -112,16 +112,17 @@ def videos_router(service: Service) -> APIRouter:
         """Tell how a video stands."""
         return told(_find(service, video_id), response)
 
+    @router.head("/{video_id}/content", include_in_schema=False)
     @router.get(
         "/{video_id}/content",
         response_class=FileResponse,
-        responses={**files_of("video/mp4", "image/webp"), **errors(400, 404, 409, 410, 504)},
+        responses={**files_of("video/mp4", "image/webp"), **errors(400, 404, 409, 410, 504, 507)},
     )
     async def content(video_id: str, variant: Literal["video", "thumbnail"] = Query("video")) -> Response:
         """Hand over the MP4, or a small picture of its first frame; ranges are served."""
         return await _file(service, _find(service, video_id), variant)
 
-    @router.delete("/{video_id}", responses=errors(404))
+    @router.delete("/{video_id}", responses=errors(404, 507))
     async def delete(video_id: str) -> VideoDeleted:
         """Stop a video, and forget it and its files."""
         await service.forget(_find(service, video_id))

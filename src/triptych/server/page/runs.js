@@ -33,6 +33,11 @@ export class Run extends EventTarget {
     this.dispatchEvent(new CustomEvent("change", { detail: event }));
   }
 
+  /** Take an end of which no event has told. */
+  settle({ status, seconds, outputs, error }) {
+    this.take({ kind: status, seconds, outputs, reason: error?.message });
+  }
+
   cancel() {
     return post(`v1/requests/${this.id}/cancel`).catch(() => {});
   }
@@ -55,6 +60,7 @@ export class Runs extends EventTarget {
     this.free = STREAMS;
     this.pending = [];
     this.submitting = 0;
+    this.unrestored = [];  // what is remembered of requests that the server has not told of since the page was loaded
   }
 
   /** Hand a request in. */
@@ -75,16 +81,21 @@ export class Runs extends EventTarget {
     } catch {
       sessionStorage.removeItem(STORE);
     }
+    this.unrestored = known;
     for (const each of known) {
       const run = new Run(each);
+      let status = null;
       try {
-        const status = await get(`v1/requests/${run.id}`);
-        if (status.status === "failed" || status.status === "cancelled") continue;
-        this.add(run);
-        this.follow(run, status);
+        status = await get(`v1/requests/${run.id}`);
       } catch (error) {
-        if (!(error instanceof Problem) || error.status !== 404) throw error;
+        if (!(error instanceof Problem)) throw error;
+        if (error.status === 401) break;  // nobody gave a key, and nobody is to be asked again for each of them
+        if (error.status !== 404) continue;  // it is still remembered: the next time the page is loaded may bring it
       }
+      this.unrestored = this.unrestored.filter((other) => other !== each);
+      if (status === null || status.status === "failed" || status.status === "cancelled") continue;
+      this.add(run);
+      this.follow(run, status);
     }
     this.remember();
   }
@@ -100,6 +111,7 @@ export class Runs extends EventTarget {
       await this.slot();
       try {
         for await (const event of events(run.id)) run.take(event);
+        if (!run.ended) run.settle(await get(`v1/requests/${run.id}`));  // the server has no event that was not told
       } catch (error) {
         run.take({ kind: "failed", reason: error.message });
       } finally {
@@ -107,7 +119,7 @@ export class Runs extends EventTarget {
         this.pending.shift()?.();
       }
     } else {
-      run.take({ kind: "done", seconds: status.seconds, outputs: status.outputs });
+      run.settle(status);
     }
     if (run.status === "done") {
       try {
@@ -132,12 +144,18 @@ export class Runs extends EventTarget {
 
   remember() {
     const runs = [...this.all.values()].filter((run) => !["failed", "cancelled"].includes(run.status));
-    const kept = runs.slice(-REMEMBERED).map((run) => {
+    const kept = runs.map((run) => {
       const { id, seed, makes, created } = run;
       const entries = Object.entries(run.parameters).filter(([, value]) => !isPicture(value));
       return { id, seed, makes, created, parameters: Object.fromEntries(entries) };
     });
-    sessionStorage.setItem(STORE, JSON.stringify(kept));
+    for (let all = [...this.unrestored, ...kept].slice(-REMEMBERED); ; all = all.slice(Math.ceil(all.length / 2))) {
+      try {
+        return sessionStorage.setItem(STORE, JSON.stringify(all));
+      } catch {
+        if (all.length === 0) return;  // there is no room: the oldest are not remembered
+      }
+    }
   }
 }
 
