@@ -284,6 +284,29 @@ def test_a_path_can_be_checked_before_there_is_a_result(tmp_path: Path) -> None:
         check_path(tmp_path / "missing" / "fox.png", "images")
 
 
+@pytest.mark.parametrize(("name", "problem"), [("x" * 300, "too long"), ("狐" * 90, "too long"), ("a\0b", "zero byte")])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, name: str, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        check_path(tmp_path / f"{name}.png", "images")
+    with pytest.raises(UsageError, match="there is no folder"):
+        check_path(tmp_path / name / "fox.png", "images")
+
+
+def test_the_longest_name_that_is_accepted_can_be_written_and_numbered(tmp_path: Path) -> None:
+    path = tmp_path / f"{'x' * 246}.png"
+    assert check_path(path, "images") == "PNG"
+    written = Result(seed=1, images=[Image.new("RGB", (4, 4))] * 12).save(path)
+    assert sorted(tmp_path.iterdir()) == sorted(written)
+
+
+@pytest.mark.parametrize("path", ["12:30.mp4", "12:30/fox.mp4"])
+def test_an_mp4_may_have_a_colon_in_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("12:30").mkdir()
+    assert Result(seed=1, frames=smooth_video(3, 32, 32)[None], fps=8).save(path) == [Path(path)]
+    assert len(read_mp4(Path(path).absolute())[0]) == 3
+
+
 def test_a_folder_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "fox.png").mkdir()
     with pytest.raises(UsageError, match="folder"):

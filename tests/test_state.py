@@ -53,7 +53,8 @@ def test_a_field_that_cannot_be_carried_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"position": 9}, {"position": -1}, {"route": ["painter"]}, {"family": 3}, {"task": None}]
+    "change",
+    [{"position": 9}, {"position": -1}, {"route": ["painter"]}, {"family": 3}, {"task": None}, {"parameters": [1]}],
 )
 def test_a_header_that_makes_no_sense_is_refused(change: dict[str, object]) -> None:
     from triptych import wire
@@ -63,6 +64,14 @@ def test_a_header_that_makes_no_sense_is_refused(change: dict[str, object]) -> N
     }  # fmt: skip
     with pytest.raises(WireError, match="not a state"):
         State.from_bytes(bytes(wire.pack({}, header)))  # type: ignore[arg-type]
+
+
+def test_what_is_told_of_the_request_stays_and_survives_the_wire() -> None:
+    told = {"height": 16, "guidance_scale": 3.5, "sigmas": [1.0, 0.5], "exact": True, "negative_prompt": None}
+    state = State("SomePipeline", "abc", "text-to-image", ROUTE, 3, {"seed": 7, "images": []}, parameters=told)
+    state.keep({"seed", "images"})
+    back = State.from_bytes(bytes(state.copy().to_bytes()))
+    assert back.parameters == back.result.parameters == told
 
 
 def test_keep_drops_what_is_not_live() -> None:

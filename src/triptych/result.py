@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import sys
@@ -36,6 +37,8 @@ _FORMATS = {
     "images": {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"},
     "videos": {".mp4": "MP4", ".gif": "GIF", ".webp": "WEBP"},
 }
+_LONGEST_NAME = 250
+"""Bytes: the 255 that a file system takes, less the number of one of several outputs."""
 _QUALITY = 95
 """Of JPEG and WebP, which both run from 0 to 100."""
 
@@ -55,7 +58,7 @@ class Result:
         mesh: a 3D shape.
         seed: what the random generator started from, drawn or given.
         timings: seconds spent in each stage, by the stage's name.
-        parameters: the request's parameters.
+        parameters: those of the request that read as text: the ones given, sizes, steps and guidance as settled.
     """
 
     seed: int
@@ -73,11 +76,11 @@ class Result:
 
         The suffix decides the format: `.png`, `.jpg`, `.jpeg` and `.webp` for images (JPEG drops transparency), `.mp4`,
         `.gif` and `.webp` for videos. One output gets `path` itself, several get a number: `fox-0.png`, `fox-1.png`.
-        An MP4 has the audio as its sound track. A PNG carries the seed and the parameters as JSON in its text chunk `parameters`. Files appear complete or not
-        at all, and replace what was there.
+        An MP4 has the audio as its sound track. A PNG carries the seed and the parameters as JSON in its text chunk
+        `parameters`. Files appear complete or not at all, and replace what was there.
 
         Raises:
-            UsageError: the suffix does not suit the outputs, the folder does not exist, or the outputs are latents.
+            UsageError: the suffix or the name does not suit, the folder does not exist, or the outputs are latents.
             ParameterError: `fps` is not a rate, or not one the format can play.
         """
         path = Path(path)
@@ -114,7 +117,7 @@ class Result:
     def _png_text(self) -> PngInfo:
         from PIL.PngImagePlugin import PngInfo
 
-        plain = {name: value for name, value in self.parameters.items() if _is_plain(value)}
+        plain = {name: value for name, value in self.parameters.items() if is_plain(value)}
         info = PngInfo()
         info.add_text("parameters", json.dumps({**plain, "seed": self.seed}, ensure_ascii=False))
         return info
@@ -124,7 +127,8 @@ def check_path(path: str | os.PathLike[str], outputs: Literal["images", "videos"
     """Return the format that `path` asks for, once it is known that such outputs can be saved there.
 
     Raises:
-        UsageError: the suffix does not suit the outputs, or the folder does not exist or cannot be written to.
+        UsageError: the suffix does not suit the outputs, the name is none that a file can have, or the folder does not
+            exist or cannot be written to.
     """
     path = Path(path)
     formats = _FORMATS[outputs]
@@ -139,20 +143,25 @@ def check_folder(path: Path) -> None:
     """Check that a file can be written at a path.
 
     Raises:
-        UsageError: its folder does not exist or cannot be written to.
+        UsageError: its name is none that a file can have, or its folder does not exist or cannot be written to.
     """
-    folder = path.parent
-    if not folder.is_dir():
+    folder, size = path.parent, len(path.name.encode(errors="surrogatepass"))
+    if size > _LONGEST_NAME or "\0" in path.name:
+        problem = f"a name of {size} bytes is too long" if size > _LONGEST_NAME else "the name has a zero byte"
+        raise UsageError(f"{path}: {problem}; at most {_LONGEST_NAME} bytes are accepted, none of them zero")
+    if not os.path.isdir(folder):  # `Path.is_dir` raises for what is too long to be a path
         raise UsageError(f"{path}: there is no folder {str(folder)!r}; create it first")
     if not os.access(folder, os.W_OK):
         raise UsageError(f"{path}: the folder {str(folder)!r} cannot be written to")
 
 
-def _is_plain(value: object) -> bool:
-    """Whether a parameter reads as text: a scalar, or a list of scalars; not an image or a tensor."""
+def is_plain(value: object) -> bool:
+    """Whether a parameter reads as text: a scalar, None, or a list of them; not an image or a tensor."""
     if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    return isinstance(value, (str, int, float, bool))
+        return all(is_plain(item) for item in value)
+    if isinstance(value, float):
+        return math.isfinite(value)  # JSON has no others
+    return value is None or isinstance(value, (str, int))
 
 
 def _layers(images: Any) -> list[Any]:
@@ -272,7 +281,8 @@ def write_all(paths: Sequence[Path], writers: Sequence[Callable[[BinaryIO], None
     """
     if taken := next((path for path in paths if path.is_dir()), None):
         raise UsageError(f"{taken}: this is a folder")
-    unfinished = [path.with_name(f".{path.name}.{secrets.token_hex(4)}") for path in paths]
+    # Absolute, because FFmpeg opens an MP4 again by its name, and takes what precedes a colon for a protocol.
+    unfinished = [path.absolute().with_name(f".triptych-{secrets.token_hex(8)}{path.suffix}") for path in paths]
     try:
         for partial, write in zip(unfinished, writers):
             with open(partial, "xb") as file:

@@ -30,6 +30,7 @@ class State:
         position: how many segments are done.
         fields: parameters, tensors, lists and dicts of tensors, and the random state (`generator`).
         timings: seconds that each stage took.
+        parameters: what the result tells of the request: plain JSON values, which stay whatever stages read.
     """
 
     family: str
@@ -39,6 +40,7 @@ class State:
     position: int = 0
     fields: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, Any] = field(default_factory=dict)
 
     @property
     def next_role(self) -> RoleType | None:
@@ -58,7 +60,7 @@ class State:
             raise WrongRoleError(f"there is no result yet: it is the {self.next_role}'s turn")
         outputs = {name: value for name, value in self.fields.items() if name in OUTPUTS}
         told = {name: self.fields.get(name) for name in ("prompt", "output_type")}
-        parameters = {name: value for name, value in told.items() if value is not None}
+        parameters = self.parameters | {name: value for name, value in told.items() if value is not None}
         return Result(**outputs, seed=self.fields["seed"], timings=dict(self.timings), parameters=parameters)
 
     @property
@@ -107,6 +109,7 @@ class State:
             "route": [role.value for role in self.route],
             "position": self.position,
             "timings": {**self.timings},
+            "parameters": self.parameters,
         }
         return wire.pack(self.fields, header, out=out)
 
@@ -129,6 +132,7 @@ class State:
                 _typed(header, "position", int),
                 fields,
                 {str(name): float(seconds) for name, seconds in _typed(header, "timings", dict).items()},
+                _typed({"parameters": {}, **header}, "parameters", dict),
             )
         except (ValueError, TypeError) as error:
             raise WireError(f"not a state: {error}") from error

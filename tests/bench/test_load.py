@@ -1,5 +1,6 @@
 """Clients that keep a service busy, and what is said of what they measured."""
 
+import signal
 import threading
 import time
 
@@ -50,6 +51,26 @@ def test_the_first_failure_ends_the_load_and_is_raised() -> None:
     with pytest.raises(RuntimeError, match="no service"):
         closed_loop(ask, 1000, 2)
     assert len(asked) <= 2
+
+
+def test_after_an_interrupt_no_request_is_begun() -> None:
+    asked: list[int] = []
+
+    def ask(number: int) -> dict[str, float]:
+        asked.append(number)
+        if number == 3:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.05)
+        return {"stage": 0.05}
+
+    with pytest.raises(KeyboardInterrupt):
+        closed_loop(ask, 1000, 2)
+    time.sleep(0.2)
+    assert len(asked) < 10
+
+
+def test_no_more_clients_are_told_of_than_there_were_requests() -> None:
+    assert closed_loop(lambda _: {"stage": 0.0}, 3, 8).clients == 3
 
 
 def test_figures_are_of_the_requests_measured() -> None:

@@ -1,12 +1,20 @@
 """`triptych bench`: tables and figures of a model, and of a running service."""
 
+import contextlib
 import json
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from serving import Caller, idle
+from rich.console import Console
+from serving import Caller, engine, idle, settled
 
-from triptych.cli import run
+from triptych.bench.load import Load
+from triptych.cli import bench, run
+from triptych.cli.client import Client, ServiceError
+from triptych.runtime.prompt_cache import PromptCache
 
 QUICK = ["--steps", "1", "--requests", "3", "--clients", "2"]
 
@@ -22,15 +30,63 @@ def test_a_running_service_is_measured_and_keeps_nothing_of_it(
 ) -> None:
     assert run(["bench", "load", "--server", caller.url, *QUICK, "-o", "load.json"]) == 0
     captured = capsys.readouterr()
-    header, _, row, *_ = [line for line in captured.out.splitlines() if line.strip()]
-    assert header.split() == ["clients", "requests", "requests/s", "p50", "p90", "p99", "text_encoding",
-                              "flux2_denoising", "decoding"]  # fmt: skip
-    assert row.split()[:2] == ["2", "3"]
+    header, _, *rows = [line.split() for line in captured.out.splitlines() if line.strip()]
+    assert header == ["clients", "2"]
+    assert [row[0] for row in rows[:8]] == ["requests", "requests/s", "p50", "p90", "p99", "text_encoding",
+                                            "flux2_denoising", "decoding"]  # fmt: skip
+    assert rows[0] == ["requests", "3"]
     assert "3/3" in captured.err
     (load,) = json.loads(Path("load.json").read_text())["loads"]
     assert (load["clients"], load["requests"]) == (2, 3)
     assert load["requests/s"] > 0
     assert idle()
+
+
+def test_every_request_to_a_service_has_a_prompt_of_its_own(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    submit = engine().submit
+    monkeypatch.setattr(engine(), "submit", lambda request, **more: seen.append(request) or submit(request, **more))
+    assert run(["bench", "load", "--server", caller.url, "--prompt", "a red fox", *QUICK]) == 0
+    prompts = [each.parameters["prompt"] for each in seen]
+    assert len(set(prompts)) == len(prompts) == 4  # the first one warms up
+    assert all(prompt.startswith("a red fox ") for prompt in prompts)
+
+
+def test_every_request_to_a_model_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: list[PromptCache] = []
+    remember = PromptCache.wrap
+    monkeypatch.setattr(PromptCache, "wrap", lambda self, *more: caches.append(self) or remember(self, *more))
+    assert run(["bench", "load", *QUICK, "--device", "cpu", "--size", "64x64"]) == 0
+    assert sum(cache.hits for cache in caches) == 0
+
+
+def test_stages_with_long_names_can_be_read_in_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("vision_language_encoding", "hunyuan_video15_denoising", "first_frame_conditioning", "decoding")
+    load = Load(8, (1.0,) * 8, (1.0,) * 8, (dict.fromkeys(names, 0.123),) * 8)
+    Console(width=80).print(bench._table([load, load]))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert all([name, "0.123", "s", "0.123", "s"] in lines for name in names)
+
+
+def test_an_interrupt_takes_back_what_many_clients_asked_for(caller: Caller) -> None:
+    asked = {"prompt": "a fox", "num_inference_steps": 900, "seed": 1}
+
+    def ask() -> None:
+        with contextlib.suppress(ServiceError):
+            service.ask(asked)
+
+    with pytest.raises(KeyboardInterrupt), Client(caller.url) as client, bench._Service(client) as service:
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for each in threads:
+            each.start()
+        while len(service._open) < 3:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    for each in threads:
+        each.join(timeout=5)
+        assert not each.is_alive()
+    assert idle()
+    assert settled(caller.service)
 
 
 def test_a_model_is_measured_alone_and_busy_and_told_whether_to_split(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,6 +110,7 @@ def test_a_model_is_measured_alone_and_busy_and_told_whether_to_split(capsys: py
         (["load", "--device", "cpu,cpu"], "one is accepted, or three"),
         (["load", "--size", "64"], "width and height"),
         (["load", "-o", "nowhere/load.json"], "there is no folder 'nowhere'"),
+        (["load", "-o", "."], "this is a folder"),
         (["load", "--param", "steps"], "name=value"),
         (["split", "--steps", "0", "--device", "cpu"], "num_inference_steps"),
     ],

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import tiny
 from conftest import TinyRepo
@@ -20,7 +21,7 @@ import triptych
 from triptych import embedded
 from triptych.cli import generate, output, run
 from triptych.cli.arguments import parse_loras, parse_parameters
-from triptych.cli.media import open_images
+from triptych.cli.media import open_images, open_video
 from triptych.errors import UsageError
 from triptych.result import Result
 
@@ -72,7 +73,11 @@ def test_the_file_is_what_the_python_interface_makes(klein: str, capsys: pytest.
         assert Path(f"fox-{k}.png").read_bytes() == Path(f"expected-{k}.png").read_bytes()
     with Image.open("fox-0.png") as image:
         assert image.size == (16, 24)
-        assert json.loads(image.text["parameters"])["seed"] == 7
+        assert json.loads(image.text["parameters"]) == {
+            "prompt": "a red fox", "height": 24, "width": 16, "num_inference_steps": 2, "sigmas": [1.0, 0.4],
+            "guidance_scale": 2.5, "num_images_per_prompt": 2, "max_sequence_length": 9, "exact": False,
+            "output_type": "pil", "seed": 7,
+        }  # fmt: skip
 
 
 def test_seconds_of_each_stage_and_the_seed_are_told_on_stderr(klein: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,6 +119,18 @@ def test_an_output_that_is_named_is_replaced(klein: str) -> None:
     assert pixels("fox.png")
 
 
+def test_layers_do_not_replace_those_of_another_run(tiny_repo: TinyRepo, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGBA", (32, 32), "red").save("picture.png")
+    arguments = [str(tiny_repo("qwen_image_layered")), "a fox", "--seed", "7", "--image", "picture.png"]
+    arguments += ["--param", "layers=2", "--steps", "2", "--device", "cpu", "-q"]
+    Path("a-fox-7-1.png").write_bytes(b"another run's")
+    assert run(["generate", *arguments]) == 0
+    written = capsys.readouterr().out.split()
+    assert len(written) > 1
+    assert written == [f"a-fox-7_2-{k}.png" for k in range(len(written))]
+    assert Path("a-fox-7-1.png").read_bytes() == b"another run's"
+
+
 def test_a_video_family_writes_a_video(tiny_repo: TinyRepo, capsys: pytest.CaptureFixture[str]) -> None:
     repo = str(tiny_repo("wan"))
     options = ["--num-frames", "3", "--num-images", "2", "--steps", "1", "--size", "32x16", "--seed", "1"]
@@ -139,6 +156,26 @@ def test_images_are_read_upright_and_travel_with_the_request(klein: str) -> None
     assert expected.images[0].tobytes() == pixels("edit.png")
 
 
+@pytest.mark.parametrize("degrees", [0, 90, -90, 180])
+def test_a_video_is_read_upright(degrees: int) -> None:
+    picture = Image.new("RGB", (64, 32), "black")
+    picture.paste("white", (0, 0, 32, 16))  # a corner tells how it lies
+    with av.open("clip.mp4", "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.set_display_rotation(degrees)  # counterclockwise
+        container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    (frame,) = open_video(Path("clip.mp4"), "--param video")
+    corner = {0: (0, 0), 90: (0, 1), -90: (1, 0), 180: (1, 1)}[degrees]  # of the picture as it is shown
+    width, height = frame.size
+    assert (width, height) == ((64, 32) if degrees in (0, 180) else (32, 64))
+    for across in (0, 1):
+        for down in (0, 1):
+            light = frame.getpixel((width // 4 + across * width // 2, height // 4 + down * height // 2))[0] > 128
+            assert light == ((across, down) == corner)
+
+
 def test_a_parameter_takes_a_picture_or_a_video_from_a_file() -> None:
     frames = [Image.new("RGB", (16, 16), (shade, shade, shade)) for shade in (40, 120, 200)]
     Result(seed=1, frames=[frames], fps=8).save("clip.mp4")
@@ -160,6 +197,13 @@ def test_a_parameter_takes_a_picture_or_a_video_from_a_file() -> None:
         (["a fox", "--height", "17"], "--height 17: a multiple of 8 is accepted"),
         (["a fox", "--size", "17x16"], "--size 17: a multiple of 8 is accepted"),
         (["a fox", "--size", "big"], "--size 'big'"),
+        (["a fox", "--size", f"{'9' * 5000}x64"], "--size '999"),
+        (["a fox", "--param", f"sigmas={'[' * 100_000}"], "--param sigmas: the value has too many brackets"),
+        (["a fox", "--param", 'negative_prompt="\\ud800"'], "Flux2KleinPipeline has no parameter 'negative_prompt'"),
+        (["half \udcf0 of a character"], "valid Unicode text is accepted"),
+        (["a fox", "--param", 'output_type=["pil"]'], "--param output_type ['pil']: one of pil, np, pt, latent"),
+        (["a fox", "-o", f"{'x' * 300}.png"], "a name of 304 bytes is too long"),
+        (["a fox", "-o", f"{'x' * 300}/fox.png"], "there is no folder"),
         (["a fox", "--size", "16x16", "--width", "16"], "--width: width is given already, by --size"),
         (["a fox", "--steps", "0"], "--steps 0: a whole number of at least 1"),
         (["a fox", "--steps", "few"], "--steps"),
@@ -251,7 +295,7 @@ def test_an_unexpected_error_is_exit_code_1_and_its_traceback_is_shown_on_reques
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [("A red fox!", "a-red-fox"), ("  ", "untitled"), ("...", "untitled"), ("赤い狐", "赤い狐"),
-     ("a/../b", "a-b"), ("x" * 200, "x" * 60), ("snake_case", "snake-case")],
+     ("a/../b", "a-b"), ("x" * 200, "x" * 60), ("snake_case", "snake-case"), ("𠀀" * 60, "𠀀" * 45)],
 )  # fmt: skip
 def test_a_prompt_becomes_a_file_name(prompt: str, expected: str) -> None:
     assert output.slug(prompt) == expected
@@ -314,6 +358,62 @@ def test_ctrl_c_is_one_line_exit_code_130_and_no_file(klein: str, here: Path, tm
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # no child is left
     process.stderr.close()
+
+
+INTERRUPTED_IMPORT = """
+import importlib.abc, os, signal, sys
+
+class Interrupting(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            try:
+                os.kill(os.getpid(), {number})
+                for _ in range(1000): pass  # a signal is seen between two instructions
+            except BaseException as error:
+                raise RuntimeError("Failed to import") from error
+
+sys.meta_path.insert(0, Interrupting())
+from triptych.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "number"),
+    [
+        (["generate", "a heart"], "rich.console", signal.SIGINT),
+        (["generate", "a heart"], "diffusers", signal.SIGTERM),
+        (["generate", "a heart"], "diffusers.pipelines.flux2.pipeline_flux2_klein", signal.SIGINT),
+        (["serve"], "diffusers", signal.SIGINT),
+        (["serve", "--no-state", "--port", "0"], "transformers.models.qwen3.modeling_qwen3", signal.SIGINT),
+        (["bench", "load"], "diffusers", signal.SIGINT),
+        (["plan"], "diffusers", signal.SIGINT),
+    ],
+)
+def test_a_signal_ends_a_command_while_libraries_are_imported(
+    here: Path, arguments: list[str], module: str, number: signal.Signals
+) -> None:
+    program = INTERRUPTED_IMPORT.format(module=module, number=int(number))
+    ended = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 128 + number
+    told = [line for line in ended.stderr.splitlines() if not line.startswith("Opening ")]
+    assert told == (["interrupted"] if number == signal.SIGINT else [])
+    assert list(here.iterdir()) == []
+
+
+def test_signals_that_are_ignored_stay_so_as_nohup_wants_it() -> None:
+    program = (
+        "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); from triptych.cli import leaving\n"
+        "from triptych.server.serve import _signals\n"
+        "for handling in (leaving.at_once, leaving.in_order, _signals):\n"
+        "    with handling(): signal.raise_signal(signal.SIGHUP)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "with _signals() as stop: signal.raise_signal(signal.SIGHUP)\n"
+        "assert stop.asked == 1\n"
+        "with leaving.in_order(): signal.raise_signal(signal.SIGHUP)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGHUP, "")
 
 
 def test_an_interrupt_in_this_process_is_exit_code_130(

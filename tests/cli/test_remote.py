@@ -103,6 +103,10 @@ def asked_for(**values: Any) -> Asked:
         ),
         (["a fox", "--param", "output_type=latent"], "--param output_type 'latent': one of pil, np, pt is accepted"),
         (["a fox", "--num-images", "0"], "--num-images 0: a whole number of at least 1"),
+        (["a fox", "--guidance", "nan"], "--guidance nan: finite numbers are accepted"),
+        (["a fox", "--param", "sigmas=[Infinity]"], "--param sigmas [inf]: finite numbers are accepted"),
+        (["half \udcf0 of a character"], "valid Unicode text is accepted"),
+        (["a fox", "-o", f"{'x' * 300}.png"], "a name of 304 bytes is too long"),
         (["a fox", "-o", "fox.mp4"], "fox.mp4: images cannot be saved"),
         (["a fox", "-o", "no/fox.png"], "no/fox.png: there is no folder 'no'"),
         (["a fox", "--device", "cpu"], "--server: --device is the service's to choose"),
@@ -123,10 +127,35 @@ def test_what_is_wrong_is_told_in_one_line_as_it_would_be_locally(
     assert idle()  # a request that was taken on before its output was refused is taken back
 
 
-@pytest.mark.parametrize("url", ["", "http://", "ftp://example.org", "http://host:port"])
+@pytest.mark.parametrize(
+    "url", ["", "http://", "ftp://example.org", "http://host:port", "http://a..b", f"http://{'x' * 70}"]
+)
 def test_a_url_that_is_none_is_exit_code_2(capsys: pytest.CaptureFixture[str], url: str) -> None:
     assert run(["generate", "--server", url, "a fox"]) == 2
     assert "URL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["secret\nkey", "sécret", "secret key"])
+def test_a_key_that_is_none_is_refused_and_not_told(
+    caller: Caller, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("TRIPTYCH_API_KEY", key)
+    assert run(["generate", "--server", caller.url, "a fox"]) == 2
+    told = capsys.readouterr().err
+    assert "TRIPTYCH_API_KEY: a key of printable ASCII characters" in told
+    assert not any(part in told for part in (key, "secret", "sécret"))
+
+
+def test_the_service_says_how_many_outputs_there_are(
+    caller: Caller, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may have its own default of how many it makes."""
+    defaults = {**engine().front.family.repository.defaults, "num_images_per_prompt": 2}
+    monkeypatch.setattr(engine().front.family.repository, "defaults", defaults)
+    Path("a-fox-7-1.png").write_bytes(b"another run's")
+    assert run(["generate", "--server", caller.url, "a fox", "--seed", "7", "--steps", "1", "-q"]) == 0
+    assert capsys.readouterr().out.split() == ["a-fox-7_2-0.png", "a-fox-7_2-1.png"]
+    assert Path("a-fox-7-1.png").read_bytes() == b"another run's"
 
 
 def test_a_service_that_cannot_be_reached_is_exit_code_4(capsys: pytest.CaptureFixture[str]) -> None:

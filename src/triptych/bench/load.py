@@ -17,7 +17,7 @@ class Load:
     """What some clients measured.
 
     Attributes:
-        clients: how many asked at a time.
+        clients: how many asked at a time: no more than there were requests.
         seconds: what each request took its client, in the order in which they ended.
         ended: when each ended, in seconds from the start.
         stages: the seconds of each request's stages, in the same order.
@@ -72,11 +72,12 @@ def closed_loop(ask: Ask, requests: int, clients: int, on_answer: Callable[[int]
         on_answer: told how many are.
 
     Raises:
-        Exception: what the first request that failed was answered with; the others are not begun any more.
+        Exception: what the first request that failed was answered with; after it, and after an interrupt, no other is
+            begun.
     """
     numbers = iter(range(requests))
     answers: list[tuple[float, float, Mapping[str, float]]] = []
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
     lock = threading.Lock()
 
     def client() -> None:
@@ -97,12 +98,17 @@ def closed_loop(ask: Ask, requests: int, clients: int, on_answer: Callable[[int]
                 if on_answer is not None:
                     on_answer(len(answers))
 
+    clients = min(clients, requests)
     began = time.perf_counter()
-    threads = [threading.Thread(target=client, daemon=True) for _ in range(min(clients, requests))]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    threads = [threading.Thread(target=client, daemon=True) for _ in range(clients)]
+    try:
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    except BaseException as error:
+        errors.append(error)
+        raise
     if errors:
         raise errors[0]
     seconds, ended, stages = zip(*answers)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +11,7 @@ from typer.core import TyperCommand
 import triptych
 from triptych.cli import bench, families, generate, keys, plan, pools, serve, top
 from triptych.cli.errors import USAGE, say
+from triptych.cli.leaving import at_once
 
 
 class _Generate(TyperCommand):
@@ -70,11 +69,5 @@ def run(arguments: list[str]) -> int:
 
 def main() -> None:
     """The console script `triptych`."""
-    for name in ("SIGTERM", "SIGHUP"):  # leave by the way that removes temporary files and ends child processes
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _leave)
-    sys.exit(run(sys.argv[1:]))
-
-
-def _leave(number: int, _frame: FrameType | None) -> None:
-    sys.exit(128 + number)
+    with at_once():  # until a command begins
+        sys.exit(run(sys.argv[1:]))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from triptych.cli.media import open_media
 from triptych.cli.options import PARAMETER_OPTIONS, option_of
-from triptych.errors import ParameterError, UnknownParameterError, UsageError
+from triptych.errors import ParameterError, UnknownParameterError, UsageError, shown
 
 if TYPE_CHECKING:
     from triptych.runtime.model import Model
@@ -93,7 +93,7 @@ class Asked:
             raise UsageError(f"{self._option(error.field)}: {error}") from error
         except ParameterError as error:
             option = self._option(error.field)
-            value = f" {error.value!r}" if isinstance(error.value, (str, int, float, list)) else ""
+            value = f" {shown(error.value)}" if isinstance(error.value, (str, int, float, list)) else ""
             raise UsageError(f"{option}{value}: {error.accepted}") from error
 
     def _option(self, name: str) -> str:
@@ -108,7 +108,7 @@ def parse_size(text: str | None) -> tuple[int, ...]:
     """
     if text is None:
         return ()
-    match = re.fullmatch(r"(\d+)\s*[xX×*]\s*(\d+)", text.strip(), re.ASCII)
+    match = re.fullmatch(r"(\d{1,9})\s*[xX×*]\s*(\d{1,9})", text.strip(), re.ASCII)
     if match is None:
         raise UsageError(f"--size {text!r}: width and height are accepted, as in 1024x768")
     return int(match[1]), int(match[2])
@@ -154,6 +154,8 @@ def parse_parameters(texts: Iterable[str]) -> Iterator[tuple[str, object]]:
             continue
         try:
             yield name.strip(), json.loads(value)
+        except RecursionError:
+            raise UsageError(f"--param {name.strip()}: the value has too many brackets inside one another") from None
         except ValueError:
             if value[:1] in ("[", "{", '"'):
                 raise UsageError(f"--param {text!r}: the value is not valid JSON") from None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import secrets
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
@@ -15,6 +18,7 @@ from triptych.cli.arguments import parse_parameters, parse_size
 from triptych.cli.client import Client, ServiceError
 from triptych.cli.console import logging_to, quieten_libraries, stderr_console
 from triptych.cli.errors import reported
+from triptych.cli.leaving import at_once
 from triptych.cli.options import MODEL_HELP, Debug, Dtype, Revision, Variant, dtype_spec
 from triptych.cli.output import progress
 from triptych.errors import UsageError
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from triptych.bench.load import Ask, Load
+
+_PATIENCE = 5.0  # seconds until a service has let go of what it was asked for
 
 
 class Scenario(StrEnum):
@@ -49,7 +55,9 @@ def bench(
     ] = None,
     clients: Annotated[int, typer.Option(min=1, help="They ask again as soon as they have their answer.")] = 8,
     requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 32,
-    prompt: Annotated[str, typer.Option(help="Of every request; their seeds differ.")] = "a red heart",
+    prompt: Annotated[
+        str, typer.Option(help="Of every request; their seeds differ, and --server appends a number.")
+    ] = "a red heart",
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Width and height: 1024x768.")] = None,
     param: Annotated[
@@ -80,6 +88,8 @@ def bench(
     with reported(debug), logging_to(console, verbose=False):
         if output is not None:
             check_folder(output)
+            if output.is_dir():
+                raise UsageError(f"--output {output}: this is a folder; name a file in it")
         parameters = {"prompt": prompt, "exact": scenario is Scenario.SPLIT, **dict(parse_parameters(param or []))}
         parameters |= dict(zip(("width", "height"), parse_size(size)))
         if steps is not None:
@@ -114,43 +124,81 @@ def _asking(
         given = [option for option, value in places.items() if value is not None]
         if model is not None or given:
             raise UsageError(f"--server: {'the model' if model else given[0]} is the service's to choose")
-        with Client(server) as client:
-            yield lambda number: _ask_service(client, {**parameters, "seed": number})
+        with Client(server) as client, _Service(client) as service:
+            yield lambda number: service.ask({**parameters, "seed": number})
         return
     from triptych import embedded
-    from triptych.engine.local import LocalEngine
 
-    quieten_libraries(downloads=True)
     source = model or embedded.path()
     console.print(f"Opening {source}", markup=False, soft_wrap=True)
     devices = [each.strip() for each in (places["--device"] or "auto").split(",")]
     if len(devices) not in (1, 3):
         raise UsageError(f"--device {places['--device']!r}: one is accepted, or three: cuda:1,cuda:0,cuda:1")
     encoder, denoiser, decoder = devices * (3 // len(devices))
-    with LocalEngine(
-        source,
-        encoder=encoder,
-        denoiser=denoiser,
-        decoder=decoder,
-        dtype=dtype_spec(places["--dtype"]),
-        revision=places["--revision"],
-        variant=places["--variant"],
-        batching=not parameters["exact"],
-        warm_up=False,
-    ) as engine:
+    with at_once():
+        from triptych.engine.local import LocalEngine
+
+        quieten_libraries(downloads=True)
+        engine = LocalEngine(
+            source,
+            encoder=encoder,
+            denoiser=denoiser,
+            decoder=decoder,
+            dtype=dtype_spec(places["--dtype"]),
+            revision=places["--revision"],
+            variant=places["--variant"],
+            batching=not parameters["exact"],
+            prompt_cache=0,  # the prompt is always the same one, and what encoding it takes is measured too
+            warm_up=False,
+        )
+    with engine:
         yield lambda number: engine.generate(**{**parameters, "seed": number}).timings
 
 
-def _ask_service(client: Client, parameters: dict[str, Any]) -> Mapping[str, float]:
-    request = client.submit(parameters)
-    try:
-        for kind, details in client.events(request):
-            if kind in ("failed", "cancelled"):
-                raise ServiceError(f"the service gave a request up: {details.get('reason', kind)}")
-        timings: dict[str, float] = client.get(request["links"]["self"])["timings"]
-        return timings
-    finally:
-        client.forget(request)
+class _Service:
+    """Asks a service, from many threads, and takes back at the end what is still on its way."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._lock = threading.Lock()
+        self._asking = 0
+        self._open: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        end = time.monotonic() + _PATIENCE
+        while self._asking and time.monotonic() < end:  # one that is being submitted is known only after that
+            for request in list(self._open):
+                self._client.forget(request)  # which ends its stream of events, and so its thread
+            time.sleep(0.05)
+
+    def ask(self, parameters: dict[str, Any]) -> Mapping[str, float]:
+        """Make a request and wait for it; returns the seconds of its stages.
+
+        Raises:
+            TriptychError: it is refused, or fails.
+        """
+        # A service remembers encoded prompts, those of earlier measurements too; as many digits are as many tokens.
+        parameters = {**parameters, "prompt": f"{parameters['prompt']} {secrets.randbelow(10**8):08d}"}
+        with self._lock:
+            self._asking += 1
+        try:
+            request = self._client.submit(parameters)
+            self._open.append(request)
+            try:
+                for kind, details in self._client.events(request):
+                    if kind in ("failed", "cancelled"):
+                        raise ServiceError(f"the service gave a request up: {details.get('reason', kind)}")
+                timings: dict[str, float] = self._client.get(request["links"]["self"])["timings"]
+                return timings
+            finally:
+                self._client.forget(request)
+                self._open.remove(request)
+        finally:
+            with self._lock:
+                self._asking -= 1
 
 
 def _measure(ask: Ask, requests: int, clients: int, console: Console) -> Load:
@@ -172,11 +220,14 @@ def _table(loads: list[Load]) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("clients", "requests", "requests/s", "p50", "p90", "p99", *loads[0].stage_seconds()):
-        table.add_column(name, justify="right")
+    table.add_column("clients", overflow="fold")
     for each in loads:
-        seconds = [each.percentile(share) for share in (0.5, 0.9, 0.99)] + list(each.stage_seconds().values())
-        table.add_row(
-            str(each.clients), str(len(each.seconds)), f"{each.rate:.3g}", *(f"{value:.3g} s" for value in seconds)
-        )
+        table.add_column(str(each.clients), justify="right", overflow="fold")
+    table.add_row("requests", *(str(len(each.seconds)) for each in loads))
+    table.add_row("requests/s", *(f"{each.rate:.3g}" for each in loads))
+    for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
+        table.add_row(name, *(f"{each.percentile(share):.3g} s" for each in loads))
+    stages = [each.stage_seconds() for each in loads]
+    for name in stages[0]:
+        table.add_row(name, *(f"{each[name]:.3g} s" if name in each else "-" for each in stages))
     return table

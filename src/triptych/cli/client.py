@@ -33,7 +33,8 @@ class Client:
         url = url if "://" in url else f"http://{url}"
         try:
             parsed = httpx.URL(url)
-        except httpx.InvalidURL as error:
+            parsed.raw_host.decode("ascii").encode("idna")  # as Python's resolver will
+        except (httpx.InvalidURL, UnicodeError) as error:
             raise UsageError(f"{url!r} is no URL: {error}") from None
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise UsageError(f"{url!r} is no URL of a service, such as http://127.0.0.1:8000")
@@ -136,10 +137,16 @@ class Client:
 
 
 def _authorization() -> dict[str, str]:
-    """Return the header that says who asks, where the environment has a key."""
+    """Return the header that says who asks, where the environment has a key.
+
+    Raises:
+        UsageError: it cannot be one.
+    """
     key = os.environ.get(KEY, "")
     if key.startswith("@"):
         raise UsageError(f"{KEY}: a file of hashes is for the server; to ask one, the key itself is needed")
+    if not all("!" <= character <= "~" for character in key):  # its value is nobody's to read
+        raise UsageError(f"{KEY}: a key of printable ASCII characters without spaces or line ends is accepted")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 
 import typer
 
+from triptych.cli.leaving import in_order
 from triptych.errors import ModelError, TriptychError, UsageError
 
 UNEXPECTED = 1
@@ -24,9 +26,11 @@ _LONGEST = 500
 
 @contextmanager
 def reported(debug: bool) -> Iterator[None]:
-    """Turn whatever is raised inside into one line and `typer.Exit`; with `debug`, the traceback comes first."""
+    """Turn whatever is raised inside, by signals too, into one line and an exit code; `debug`: after the traceback."""
+    came: list[int] = []
     try:
-        yield
+        with in_order() as came:
+            yield
     except (typer.Exit, typer.TyperException):
         raise
     except KeyboardInterrupt:
@@ -38,6 +42,10 @@ def reported(debug: bool) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 (the last place that can put it into one line)
         if debug:
             traceback.print_exc()
+        if came:  # a library that was being imported has taken the signal for a failure of its own
+            if came[0] == signal.SIGINT:
+                say("interrupted", label="")
+            raise typer.Exit(128 + came[0]) from None
         say(message_of(error, debug))
         raise typer.Exit(exit_code(error)) from None
 

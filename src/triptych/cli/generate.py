@@ -13,9 +13,10 @@ from triptych.cli.acceleration import Given, accelerated, accelerations, flags
 from triptych.cli.arguments import Asked, model_and_prompt, parse_loras, parse_parameters, parse_size
 from triptych.cli.console import logging_to, quieten_libraries, stderr_console
 from triptych.cli.errors import reported
+from triptych.cli.leaving import at_once
 from triptych.cli.media import open_images
 from triptych.cli.options import Debug, Dtype, Revision, Tasks, Variant, dtype_spec
-from triptych.cli.output import path_for, progress, summary
+from triptych.cli.output import check_output, kind_of, output_path, progress, summary
 from triptych.cli.remote import check_remote, generate_remotely
 from triptych.runtime.collection import collection_paused
 
@@ -207,18 +208,20 @@ def generate(
         began = time.perf_counter()
         import triptych  # heavy from here on: everything above is checked first
 
-        if not verbose:
-            quieten_libraries(downloads=not quiet)
         device = device or "auto"
         options: dict[str, Any] = {"dtype": dtype_spec(dtype), "revision": revision, "variant": variant}
         options["acceleration"] = faster
-        console.print(f"Opening {source}", markup=False, soft_wrap=True)
-        with collection_paused():
-            checker = triptych.load(
-                source, role="server", device="cpu" if split else device, tasks=tasks or None, **options
-            )
-        state = asked.admit(checker)
-        path = path_for(output, checker.family, state)
+        with at_once():
+            if not verbose:
+                quieten_libraries(downloads=not quiet)
+            console.print(f"Opening {source}", markup=False, soft_wrap=True)
+            with collection_paused():
+                checker = triptych.load(
+                    source, role="server", device="cpu" if split else device, tasks=tasks or None, **options
+                )
+            state = asked.admit(checker)
+            kind = kind_of(checker.family, state)
+            check_output(output, kind)
         options["revision"] = checker.family.repository.files.revision or revision  # no two roles of two revisions
         loading = {"libraries, checks": time.perf_counter() - began}
 
@@ -237,12 +240,14 @@ def generate(
                 )
         else:
             began = time.perf_counter()
-            loaded = triptych.load(source, device=device, tasks=[state.task], **options)
+            with at_once():  # it imports the components' own modules
+                loaded = triptych.load(source, device=device, tasks=[state.task], **options)
             loading["loading"] = time.perf_counter() - began
             with progress(console) as on_step:
                 state = loaded.run(state, on_step=on_step)
         began = time.perf_counter()
         result = state.result
+        path = output_path(output, kind, prompt=prompt, seed=result.seed, count=result.count)
         written = result.save(path)
         summary(console, {**loading, **result.timings, "writing": time.perf_counter() - began}, result.seed)
         for each in written:

@@ -27,7 +27,7 @@ def open_media(path: Path, option: str) -> Image | list[Image]:
 
 
 def open_video(path: Path, option: str) -> list[Image]:
-    """Return the frames of a video.
+    """Return the frames of a video, upright as players show them.
 
     Raises:
         UsageError: it is missing or holds no video.
@@ -37,7 +37,10 @@ def open_video(path: Path, option: str) -> list[Image]:
 
     try:
         with av.open(path) as container:
-            frames = [fromarray(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+            frames = [
+                fromarray(frame.to_ndarray(format="rgb24")).rotate(frame.rotation, expand=True)
+                for frame in container.decode(video=0)
+            ]
     except (OSError, av.FFmpegError, IndexError) as error:
         raise UsageError(f"{option} {path}: {getattr(error, 'strerror', None) or 'this is no video'}") from error
     if not frames:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,33 +21,41 @@ if TYPE_CHECKING:
 
 Kind: TypeAlias = Literal["images", "videos"]
 
-_SLUG = 60
-"""Characters of the prompt in a file's name: in any script it stays below a file system's 255 bytes."""
+_SLUG, _SLUG_BYTES = 60, 180
+"""Characters of the prompt in a file's name, and their bytes at most: seed and number fit into 255 beside them."""
+_SUFFIXES: dict[Kind, str] = {"images": ".png", "videos": ".mp4"}
+
+
+def check_output(asked: Path | None, kind: Kind) -> None:
+    """Check, before the outputs are made, that they can be written where they are to go.
+
+    Raises:
+        UsageError: the suffix, the name or the folder does not suit.
+    """
+    check_path(_named(asked, f"output{_SUFFIXES[kind]}"), kind)
 
 
 def output_path(asked: Path | None, kind: Kind, *, prompt: str, seed: int, count: int) -> Path:
-    """Return where the outputs go, once it is known that they can be written there.
+    """Return where the outputs go. How many there are is known for certain only when they are there.
 
     Without a file's name: the prompt and the seed, under a name that no file has yet.
-
-    Raises:
-        UsageError: the suffix or the folder does not suit.
     """
-    folder = asked if asked is not None and asked.is_dir() else Path()
-    if asked is not None and folder is not asked:
-        check_path(asked, kind)
-        return asked
-    suffix = ".png" if kind == "images" else ".mp4"
-    path = free_path(folder / f"{slug(prompt)}-{seed}{suffix}", count)
-    check_path(path, kind)
-    return path
+    path = _named(asked, f"{slug(prompt)}-{seed}{_SUFFIXES[kind]}")
+    return path if path == asked else free_path(path, count)
 
 
-def path_for(asked: Path | None, family: Family, state: State) -> Path:
-    """Return where the outputs of a request go, as `output_path` does.
+def _named(asked: Path | None, name: str) -> Path:
+    """Return the file that is asked for; one of that name where a folder is, or nothing."""
+    if asked is None:
+        return Path(name)
+    return asked / name if os.path.isdir(asked) else asked  # `Path.is_dir` raises for what is too long to be a path
+
+
+def kind_of(family: Family, state: State) -> Kind:
+    """Return what a request's outputs are.
 
     Raises:
-        UsageError: the suffix, the folder or the output type does not suit.
+        UsageError: they cannot be written into files.
     """
     from triptych.stages.graph import makes
 
@@ -55,15 +64,13 @@ def path_for(asked: Path | None, family: Family, state: State) -> Path:
         raise UsageError(f"{type(family).__name__} makes neither images nor videos: save its result from Python")
     if state.fields.get("output_type") == "latent":
         raise UsageError("--param output_type: latents cannot be saved to a file; use another output type")
-    count = state.fields.get(f"num_{kind}_per_prompt", 1)
-    return output_path(
-        asked, kind, prompt=str(state.fields.get("prompt") or ""), seed=state.fields["seed"], count=count
-    )
+    return kind
 
 
 def slug(prompt: str) -> str:
     """Return a prompt as part of a file's name: words of any script, joined by `-`."""
-    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:_SLUG].rstrip("-") or "untitled"
+    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:_SLUG]
+    return words.encode()[:_SLUG_BYTES].decode(errors="ignore").rstrip("-") or "untitled"
 
 
 def free_path(path: Path, count: int) -> Path:

@@ -9,6 +9,7 @@ import typer
 
 from triptych.cli.console import human, logging_to, quieten_libraries, stderr_console
 from triptych.cli.errors import reported
+from triptych.cli.leaving import at_once
 from triptych.cli.options import MODEL_HELP, Debug, Dtype, Revision, Tasks, Variant, dtype_spec
 
 if TYPE_CHECKING:
@@ -34,11 +35,12 @@ def plan(
         import triptych
         from triptych import embedded
 
-        quieten_libraries(downloads=True)
         source = embedded.path() if model is None else model
-        planned = triptych.plan(
-            source, dtype=dtype_spec(dtype), tasks=tasks or None, revision=revision, variant=variant
-        )
+        with at_once():
+            quieten_libraries(downloads=True)
+            planned = triptych.plan(
+                source, dtype=dtype_spec(dtype), tasks=tasks or None, revision=revision, variant=variant
+            )
         if as_json:
             print(json.dumps(planned.to_dict(), indent=2))
         else:

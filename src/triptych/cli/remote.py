@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from triptych.cli.arguments import Asked
 from triptych.cli.client import Client, ServiceError
-from triptych.cli.output import output_path, progress, summary
-from triptych.errors import UnknownParameterError, UsageError
+from triptych.cli.output import check_output, output_path, progress, summary
+from triptych.errors import ParameterError, UnknownParameterError, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,10 +52,11 @@ def generate_remotely(url: str, asked: Asked, output: Path | None, console: Cons
         console.print(f"Asking {client.url}", markup=False, soft_wrap=True)
         request = _submit(client, asked)
         try:
-            prompt, count = str(asked.values["prompt"]), _count(asked.values)
-            path = output_path(output, request["makes"], prompt=prompt, seed=request["seed"], count=count)
+            kind, prompt = request["makes"], str(asked.values["prompt"])
+            check_output(output, kind)
             _follow(client, request, console)
             done = client.get(request["links"]["self"])
+            path = output_path(output, kind, prompt=prompt, seed=done["seed"], count=done["outputs"])
             fetching = time.perf_counter()
             written = _fetch(client, request, path, done["outputs"])
         finally:
@@ -66,7 +68,10 @@ def generate_remotely(url: str, asked: Asked, output: Path | None, console: Cons
 
 def _submit(client: Client, asked: Asked) -> dict[str, Any]:
     def post(values: dict[str, Any]) -> dict[str, Any]:
-        return client.submit({name: _as_json(value) for name, value in values.items()})
+        plain = {name: _as_json(value) for name, value in values.items()}
+        for name, value in plain.items():
+            _check_json(name, value)
+        return client.submit(plain)
 
     with asked.naming_options():
         try:
@@ -105,16 +110,25 @@ def _fetch(client: Client, request: dict[str, Any], path: Path, count: int) -> l
     return paths
 
 
-def _count(values: Mapping[str, Any]) -> int:
-    counts = [values.get(name) for name in ("num_images_per_prompt", "num_videos_per_prompt")]
-    return next((count for count in counts if isinstance(count, int)), 1)
-
-
 def _as_json(value: Any) -> Any:
     """Return a parameter's value as it travels: pictures as data URLs."""
     if isinstance(value, list):
         return [_as_json(each) for each in value]
     return _data_url(value) if hasattr(value, "tobytes") else value
+
+
+def _check_json(name: str, value: Any) -> None:
+    """Check that a value can be sent.
+
+    Raises:
+        ParameterError: it holds what JSON, or UTF-8, cannot express.
+    """
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ParameterError(name, value, "valid Unicode text is accepted") from None
+    except ValueError:
+        raise ParameterError(name, value, "finite numbers are accepted") from None
 
 
 def _data_url(image: Image) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from triptych.cli.acceleration import Given, accelerated, accelerations
 from triptych.cli.console import logging_to, quieten_libraries, quieten_libraries_to_come, stderr_console
 from triptych.cli.engine import choose_engine, threads_of
 from triptych.cli.errors import reported
+from triptych.cli.leaving import at_once
 from triptych.cli.listening import announce, listen
 from triptych.cli.options import MODEL_HELP, Debug, Dtype, Revision, Tasks, Variant, by_role, dtype_spec
 from triptych.errors import UsageError
@@ -280,8 +282,11 @@ def serve(
             raise UsageError('Ray is not installed; to get it: pip install "triptych[ray]"')
         if not verbose and on_ray:
             quieten_libraries_to_come()
-        elif not verbose:
-            quieten_libraries(downloads=True)
+        elif not on_ray:
+            with at_once():
+                if not verbose:
+                    quieten_libraries(downloads=True)
+                importlib.import_module("triptych.engine.local")  # with most of the libraries
         if role in WORKERS:
             from triptych.engine.ray_join import join
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +25,7 @@ from triptych.errors import ParameterError, UsageError, WireError, WrongRoleErro
 from triptych.pipelines.base import Family
 from triptych.pipelines.registry import open_family
 from triptych.request import Request, fill_in, split_prompts
-from triptych.result import Result
+from triptych.result import Result, is_plain
 from triptych.roles import WORKERS, RoleType, parse_roles, role_name
 from triptych.runtime.accelerated import Accelerated
 from triptych.runtime.segment import OnStep, Segment, finish, run_segment
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 ADMISSION = "admission"
 """The name under which checking a request appears in errors."""
+_TOLD = frozenset(("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale", "exact"))
+"""Parameters that a result tells even where they were not given."""
 
 
 class Model:
@@ -116,7 +119,10 @@ class Model:
             fields["lora"] = family.loras.settle(named, request.lora_folders)
         fields["generator"] = torch.Generator("cpu").manual_seed(fields["seed"])
         route = tuple(role for role, _ in route_of(family.recipe, task))
-        return State(family.repository.family, self.fingerprint, task, route, fields=fields)
+        names = [name for name in fields if name in _TOLD or (name in given and name != "lora")]
+        told = {name: fields[name] for name in names if is_plain(fields[name])}
+        parameters = json.loads(json.dumps(told))  # lists instead of tuples, as they arrive elsewhere
+        return State(family.repository.family, self.fingerprint, task, route, fields=fields, parameters=parameters)
 
     def run(self, work: Request | State, *, on_step: OnStep | None = None) -> State:
         """Run a request, or a state that came from another role, as far as this process's roles reach.
