@@ -201,6 +201,13 @@ def test_a_rank_that_dies_or_hangs_takes_the_replica_with_it(repository: Path, s
         team.ranks.close()
 
 
+def run_alone(code: str, repository: Path, timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run code that takes the repository as its argument, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(triptych.__file__).parents[1])}
+    command = [sys.executable, "-c", code, str(repository)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+
+
 LEFT_BEHIND = """
 import sys, time
 import torch
@@ -226,9 +233,7 @@ except triptych.errors.ReplicaLost:
 @pytest.mark.slow
 def test_a_rank_that_is_left_behind_in_a_forward_takes_the_replica_with_it(repository: Path) -> None:
     # In a process of its own: one can share sequences with one team only.
-    environment = {**os.environ, "PYTHONPATH": str(Path(triptych.__file__).parents[1])}
-    command = [sys.executable, "-c", LEFT_BEHIND, str(repository)]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
+    ended = run_alone(LEFT_BEHIND, repository, timeout=100)
     lost, noticed = ended.stdout.splitlines()
     assert lost == "lost: rank 1 did not end a forward that another had failed in", ended.stderr
     assert float(noticed.split()[2]) < 6
@@ -280,9 +285,7 @@ ranks.close()
 
 @pytest.mark.slow
 def test_an_error_that_a_whole_team_meets_waits_for_the_other_team_s_forward(repository: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(triptych.__file__).parents[1])}
-    command = [sys.executable, "-c", TWO_TEAMS, str(repository)]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    ended = run_alone(TWO_TEAMS, repository, timeout=200)
     error, went_on = ended.stdout.splitlines()
     assert "Expected 1 arguments" in error, ended.stderr
     assert went_on == "they go on"
@@ -316,9 +319,7 @@ for fault in ("fails", "dies"):
 
 @pytest.mark.slow
 def test_a_rank_that_fails_or_dies_while_the_ranks_meet_is_not_waited_for(repository: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(triptych.__file__).parents[1])}
-    command = [sys.executable, "-c", MEETING, str(repository)]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
+    ended = run_alone(MEETING, repository, timeout=100)
     failed, died = ended.stdout.splitlines()
     assert "nowhere" in failed, ended.stderr
     assert died == "a rank of the denoiser ended while it was loading: rank 1 is gone (exit status -9)", ended.stderr

@@ -103,10 +103,10 @@ def fit_size(parameters: dict[str, Any], helpers: Any) -> None:
     The oracle's arithmetic, which is part of its call and no method of its own.
 
     Raises:
-        ParameterError: the area is no number, a side of that shape has no token in it, or the numbers are beyond measure.
+        ParameterError: there is no area, a side of that shape has no token in it, or the numbers are beyond measure.
     """
     height, width, area = (parameters[name] for name in ("height", "width", "max_area"))
-    if isinstance(area, bool) or not isinstance(area, (int, float)) or area <= 0:
+    if area <= 0:
         raise ParameterError("max_area", area, "a number of pixels is accepted")
     multiple = helpers.vae_scale_factor * 2
     try:

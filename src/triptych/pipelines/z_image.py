@@ -198,9 +198,6 @@ class ZImage(Family):
             parameters[name] = parameters[name] or DEFAULT_SIZE
         check_multiple(parameters, ("height", "width"), helpers.vae_scale_factor * PATCH)
         check_largest(parameters, helpers)
-        for name in ("cfg_normalization", "cfg_truncation"):
-            if not isinstance(parameters[name], (int, float)):
-                raise ParameterError(name, parameters[name], "a number is accepted")
         check_text(parameters, helpers)
         check_latents(parameters, helpers)
 
