@@ -23,7 +23,7 @@ import triptych.engine  # before ray: it asks for Ray's authentication
 import ray  # isort: skip
 from ray.exceptions import GetTimeoutError, ObjectLostError
 
-from triptych.engine import ray_pools
+from triptych.engine import ray_pools, ray_replica
 from triptych.engine.job import Job
 from triptych.engine.pools import parse_pools
 from triptych.engine.ray import RayEngine, RayReplica
@@ -142,6 +142,13 @@ def test_a_role_that_hangs_is_found_and_replaced(engine: RayEngine, whole: tript
     assert [event.details["role"] for event in job.events() if event.kind == "retried"] == ["encoder"]
 
 
+@pytest.fixture
+def signs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs of life do not wait for the end of loading: a quick one would otherwise never be seen to last."""
+    monkeypatch.setattr(ray_replica, "LOOK", 0.0)
+
+
+@pytest.mark.usefixtures("signs_at_once")
 def test_a_process_that_is_stopped_while_it_loads_is_found_and_replaced(
     engine: RayEngine, whole: triptych.Model
 ) -> None:
@@ -150,7 +157,7 @@ def test_a_process_that_is_stopped_while_it_loads_is_found_and_replaced(
     losses, first = victim.losses, victim.told["pid"]
     os.kill(first, signal.SIGKILL)
     wait_until(lambda: victim.told["pid"] != first, 30)
-    assert victim.state == "starting"
+    assert victim.state == "starting", "it had loaded before its first sign of life"
     os.kill(victim.told["pid"], signal.SIGSTOP)
     wait_until(lambda: victim.losses == losses + 2, 8)
     job = engine.submit(Request(**ASK))
@@ -158,6 +165,7 @@ def test_a_process_that_is_stopped_while_it_loads_is_found_and_replaced(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("signs_at_once")
 def test_a_replica_whose_processes_die_while_they_load_is_given_up_and_harms_nobody(
     engine: RayEngine, whole: triptych.Model
 ) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-_LOOK = 1.5
+LOOK = 1.5
 """Seconds that a sign of life may wait for the end of loading, so that it tells of that at once."""
 
 
@@ -272,17 +272,18 @@ class ReplicaActor:
         return sum(not each.answer.done() for _, each in self._attempts.all())
 
     @ray.method(concurrency_group="signs")
-    def beat(self, wanted: Sequence[str] = ()) -> dict[str, Any]:
+    def beat(self, wanted: Sequence[str] = (), look: float = LOOK) -> dict[str, Any]:
         """Show that it is alive, and how far its tickets are; `replica` is None while it loads.
 
         Args:
             wanted: the tickets of whoever asks.
+            look: seconds to wait for the end of loading.
 
         Raises:
             Exception: what loading failed with.
         """
         self._attempts.want(wanted)
-        wait([self._loaded], _LOOK)
+        wait([self._loaded], look)
         attempts, loaded = self._attempts.all(), self._loaded.done()
         return {
             "progress": {ticket: each.progress for ticket, each in attempts if each.progress is not None},

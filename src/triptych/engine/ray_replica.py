@@ -18,6 +18,7 @@ from ray.exceptions import RayTaskError
 
 from triptych.engine.inbox import Order, send
 from triptych.engine.local import SLOTS
+from triptych.engine.ray_actor import LOOK
 from triptych.engine.ray_register import NAMESPACE
 from triptych.engine.replica import Replica, Ticket
 from triptych.engine.router import Router
@@ -101,7 +102,7 @@ class RayReplica(Replica):
     def ask(self) -> None:
         """Ask for a sign of life, and say which tickets are still wanted."""
         self.asked = asked = time.monotonic()
-        self._when_there(self.actor.beat.remote([ticket.name for ticket in self.tickets]), "told", asked)
+        self._when_there(self.actor.beat.remote([ticket.name for ticket in self.tickets], LOOK), "told", asked)
 
     def hear(self, router: Router, future: Future[Any], asked: float) -> None:
         """Take note of the sign of life that was asked for then, or of Ray's error in its place."""
