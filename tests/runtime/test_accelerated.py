@@ -207,17 +207,29 @@ def test_the_time_of_compiling_is_not_taken_for_that_of_a_forward(
     assert rows.count(2) == forwards
 
 
-def test_a_lora_is_refused_where_weights_are_not_as_it_would_change_them(repo: Path) -> None:
-    model = triptych.load(repo, role="server", acceleration={"denoiser": Acceleration(quantization="fp8")})
-    with pytest.raises(ParameterError, match="lora=.*: none is accepted where the denoiser's weights are kept as fp8"):
-        model.admit(triptych.Request(**ASK, exact=False, lora=[{"path": "style.safetensors"}]))
+@pytest.mark.skipif(not USE_PEFT_BACKEND, reason="PEFT is not installed")
+@pytest.mark.parametrize(
+    ("role", "changes"), [("denoiser", {"transformer": ["attn.to_q"]}), ("encoder", {"text_encoder": ["q_proj"]})]
+)
+def test_a_lora_is_refused_where_weights_are_not_as_it_would_change_them(
+    tiny_repo: Callable[..., Path], tmp_path: Path, role: str, changes: dict[str, list[str]]
+) -> None:
+    repo = tiny_repo("flux")
+    style = lora.write(tmp_path / "style.safetensors", repo, changes)
+    model = triptych.load(repo, role="server", acceleration={role: Acceleration(quantization="fp8")})
+    problem = f"lora='style.safetensors': none is accepted where the {role}'s weights are kept as fp8"
+    with pytest.raises(ParameterError, match=problem):
+        model.admit(triptych.Request(**ASK, lora=[{"path": style}]))
 
 
 @pytest.mark.skipif(not USE_PEFT_BACKEND, reason="PEFT is not installed")
-@pytest.mark.parametrize("role", ["encoder", "decoder"])
-def test_a_lora_is_accepted_where_those_weights_are_as_they_were_that_it_could_change(
-    repo: Path, tmp_path: Path, role: str
+@pytest.mark.parametrize(
+    ("family", "role"), [("flux2_klein", "encoder"), ("flux2_klein", "decoder"), ("flux", "encoder")]
+)
+def test_a_lora_is_accepted_where_those_weights_are_as_they_were_that_it_changes(
+    tiny_repo: Callable[..., Path], tmp_path: Path, family: str, role: str
 ) -> None:
+    repo = tiny_repo(family)
     style = lora.write(tmp_path / "style.safetensors", repo, {"transformer": ["attn.to_q"]})
     model = triptych.load(repo, device="cpu", acceleration={role: Acceleration(quantization="fp8")})
     plain, adapted = (model.generate(**ASK, exact=False, lora=loras).images for loras in ([], [{"path": style}]))

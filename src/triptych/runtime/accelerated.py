@@ -52,7 +52,6 @@ class Accelerated:
         self._device = device
         if not asked:
             return
-        self._adaptable = {get_module_role(name) for name in family.loras.loadable} if family.loras else set()
         mine = needs if roles else family.needs(WORKERS, tasks)
         repository = family.repository
         for role, names in self._components(mine, roles, family).items():
@@ -82,14 +81,14 @@ class Accelerated:
         return sizes
 
     def check(self, fields: Mapping[str, Any], roles: Collection[RoleType] | None = None) -> None:
-        """Check that a request asks for nothing that the accelerations rule out.
+        """Check that a request, its LoRAs settled, asks for nothing that the accelerations rule out.
 
         Args:
             roles: those that are asked; None for all of them.
 
         Raises:
             ParameterError: it is to be exact, and a role computes something else than diffusers' pipeline does; or it
-                brings a LoRA, and the weights that it could change are not where or what they would have to be.
+                brings a LoRA, and the weights that it changes are not where or what they would have to be.
         """
         for role, each in self.asked.items():
             if roles is not None and role not in roles:
@@ -101,11 +100,12 @@ class Accelerated:
             if (kept := each.quantization or each.offload) is None:
                 continue
             problem = f"none is accepted where the {role}'s weights are kept as {kept}"
-            if fields.get("lora") and role in self._adaptable:
-                raise ParameterError("lora", fields["lora"], problem)
-            second = fields.get("stage_2_lora")  # settled where there is a second stage: then it says what it changes
-            if isinstance(second, Mapping) and role in map(get_module_role, second["components"]):
-                raise ParameterError("stage_2_lora", second["file"], problem)
+            second = fields.get("stage_2_lora")  # settled only where there is a second stage
+            settled = {"lora": fields.get("lora") or (), "stage_2_lora": [second] if isinstance(second, Mapping) else ()}
+            for field, loras in settled.items():
+                for lora in loras:
+                    if role in map(get_module_role, lora["components"]):
+                        raise ParameterError(field, lora["file"] or lora["source"], problem)
 
     def _components(
         self, needs: Mapping[str, Need], roles: Collection[RoleType], family: Family

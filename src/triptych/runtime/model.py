@@ -113,10 +113,10 @@ class Model:
             )
         family.admit(fields, self._helpers)
         family.check_noise_levels(fields)
-        self.accelerated.check(fields)
         named = fields.pop("lora", None)
         if named and family.loras is not None:
             fields["lora"] = family.loras.settle(named, request.lora_folders)
+        self.accelerated.check(fields)
         fields["generator"] = torch.Generator("cpu").manual_seed(fields["seed"])
         route = tuple(role for role, _ in route_of(family.recipe, task))
         names = [name for name in fields if name in _TOLD or (name in given and name != "lora")]
