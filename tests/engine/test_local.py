@@ -196,3 +196,40 @@ def test_closing_finishes_what_was_taken_on(repository: Path) -> None:
     jobs = [engine.submit(Request(**{**ASK, "seed": seed})) for seed in range(3)]
     engine.close(60)
     assert [job.status for job in jobs] == ["done"] * 3
+
+
+def test_roles_that_compute_with_as_many_threads_share_theirs(repository: Path) -> None:
+    drivers: dict[str, set[Any]] = {}
+    with LocalEngine(
+        repository, encoder="cpu", denoiser="cpu", decoder="cpu", threads={E: 1, D: 2, C: 1}, warm_up=False
+    ) as engine:
+        (replica,) = engine.router.replicas
+        for name in ("text_encoder", "transformer", "vae"):
+            module = replica.model.components[name]  # type: ignore[attr-defined]
+            module = module.decoder if name == "vae" else module
+            module.register_forward_pre_hook(
+                lambda *_, name=name: drivers.setdefault(name, set()).add(
+                    (threading.current_thread().name, torch.get_num_threads())
+                )
+            )
+        engine.generate(**ASK)
+    assert drivers["transformer"] == {("monolithic-0", 2)}
+    assert drivers["text_encoder"] | drivers["vae"] <= {("monolithic-0-0", 1), ("monolithic-0-1", 1)}
+
+
+def test_one_request_is_driven_by_one_thread_once_nothing_is_to_be_tried_out(engine: LocalEngine) -> None:
+    (replica,) = engine.router.replicas
+    drivers: set[threading.Thread] = set()
+    modules = [replica.model.components[name] for name in ("text_encoder", "transformer")]  # type: ignore[attr-defined]
+    modules.append(replica.model.components["vae"].decoder)  # type: ignore[attr-defined]
+    hooks = [each.register_forward_pre_hook(lambda *_: drivers.add(threading.current_thread())) for each in modules]
+    deadline = time.monotonic() + 60
+    try:
+        while len(drivers) != 1:
+            assert time.monotonic() < deadline
+            engine.router.drained(10)
+            drivers.clear()
+            engine.generate(**ASK)
+    finally:
+        for hook in hooks:
+            hook.remove()

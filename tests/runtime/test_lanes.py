@@ -362,7 +362,7 @@ def test_a_defect_of_the_lane_while_requests_join_leaves_none_of_them_waiting(
         raise IndexError("pop from an empty list")
 
     outcomes = Outcomes()
-    with lane._wake:  # so that the lane takes them together
+    with lane._arriving:  # so that the lane takes them together
         monkeypatch.setattr(memory, "give_back", fail)
         outcomes.put(lane, "late", encoded(model), deadline=time.monotonic() - 1)
         outcomes.put(lane, "beside", encoded(model))

@@ -6,7 +6,9 @@ import atexit
 import logging
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,9 @@ from triptych.engine.router import Router
 from triptych.errors import ReplicaLost, UsageError
 from triptych.roles import WORKERS, RoleType, role_name
 from triptych.runtime import streams
+from triptych.runtime.crew import Crew
 from triptych.runtime.decoder_lane import DecoderLane
-from triptych.runtime.lanes import Lane, Work
+from triptych.runtime.lanes import Lane, Work, prepare
 from triptych.runtime.meeting import is_guest
 from triptych.runtime.model import Model, load
 from triptych.runtime.preview import Previews, Projection
@@ -76,9 +79,10 @@ class LanesReplica(Replica):
         lock = threading.Lock() if _share_weights(model) else None
         rows = 0 if budget == 0 else None
         self.turns = turns or Turns()
+        self._crews = _crews(name, model, threads or {})
         for role in sorted(model.roles):
-            where = f"{name}/{role.value}"
-            common: dict[str, Any] = {"threads": (threads or {}).get(role), "turns": self.turns}
+            where, share = f"{name}/{role.value}", (threads or {}).get(role)
+            common: dict[str, Any] = {"threads": share, "turns": self.turns, "crew": self._crews.get(share)}
             if role is RoleType.DENOISER:
                 self.lanes[role] = StepLane(model, where, budget=budget, **common)
             else:
@@ -120,6 +124,8 @@ class LanesReplica(Replica):
     def close(self) -> None:
         for lane in self.lanes.values():
             lane.close()
+        for crew in self._crews.values():
+            crew.close()
 
     def describe(self) -> dict[str, Any]:
         for role in self.lanes:
@@ -135,6 +141,19 @@ class LanesReplica(Replica):
             "budget": lane.budget if isinstance(lane, StepLane) else None,
             "forwards": dict(lane.forwards) if isinstance(lane, StepLane) else None,
         }
+
+
+def _crews(name: str, model: Model, threads: Mapping[RoleType, int]) -> dict[int | None, Crew]:
+    """Return the threads that lanes share, by the CPU threads that each computes with.
+
+    On a CPU only: elsewhere libraries keep memory on the device for every thread and stream that uses them.
+    """
+    if model.device.type != "cpu":
+        return {}
+    return {
+        share: Crew(lanes, name, partial(prepare, share))
+        for share, lanes in Counter(threads.get(role) for role in model.roles).items()
+    }
 
 
 def remember_prompts(model: Model, max_bytes: int) -> PromptCache | None:

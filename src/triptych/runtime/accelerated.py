@@ -101,7 +101,10 @@ class Accelerated:
                 continue
             problem = f"none is accepted where the {role}'s weights are kept as {kept}"
             second = fields.get("stage_2_lora")  # settled only where there is a second stage
-            settled = {"lora": fields.get("lora") or (), "stage_2_lora": [second] if isinstance(second, Mapping) else ()}
+            settled = {
+                "lora": fields.get("lora") or (),
+                "stage_2_lora": [second] if isinstance(second, Mapping) else (),
+            }
             for field, loras in settled.items():
                 for lora in loras:
                     if role in map(get_module_role, lora["components"]):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from triptych.errors import Cancelled, WireError
+from triptych.runtime.crew import Crew
 from triptych.runtime.lanes import Lane, Work
 from triptych.runtime.model import Model
 from triptych.runtime.palette import ENOUGH, Palette
@@ -42,13 +43,14 @@ class DecoderLane(Lane):
         exclusive: AbstractContextManager[object] | None = None,
         rows: int | None = None,
         turns: Turns | None = None,
+        crew: Crew | None = None,
     ) -> None:
         self._sample: State | None = None
         self._palette: Palette | None = Palette(model.fingerprint)  # None where the model's colours cannot be learned
         self._latents: dict[Work, torch.Tensor] = {}  # of what is being decoded
         self._fitted: threading.Event | None = None  # None until somebody has asked
         self._asking = threading.Lock()
-        super().__init__(model, name, threads=threads, exclusive=exclusive, rows=rows, turns=turns)
+        super().__init__(model, name, threads=threads, exclusive=exclusive, rows=rows, turns=turns, crew=crew)
 
     def projection(self, timeout: float) -> Projection | None:
         """Return what previews are made with, as good as it is now; asked for the first time, it is fitted.

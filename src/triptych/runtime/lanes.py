@@ -1,4 +1,4 @@
-"""Lanes: threads that run the segments of many requests on one model."""
+"""Lanes: queues of the segments of many requests, run on one model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from triptych.errors import Cancelled, DeadlineExceeded, TriptychError
 from triptych.runtime import memory, streams
+from triptych.runtime.crew import Crew
 from triptych.runtime.meeting import KINDS, Meeting
 from triptych.runtime.model import Model
 from triptych.runtime.pace import Appetite
@@ -74,11 +76,13 @@ class Work:
 
 
 class Lane:
-    """A thread that runs one segment after another; those that wait together, as one, where that was found worth it.
+    """Runs one segment after another; those that wait together, as one, where that was found worth it.
 
     Args:
+        threads: CPU threads that it computes with; None for PyTorch's own number.
         rows: how many a call that segments share may have; None to learn what is worth it, 0 to run them apart.
         turns: what the lanes of this process agree by when each computes.
+        crew: the threads that drive it, which compute with as many CPU threads; None for one of its own.
 
     Attributes:
         exclusive: held while a segment runs: lanes that use the same autoencoder share a lock, because it keeps the
@@ -95,6 +99,7 @@ class Lane:
         exclusive: AbstractContextManager[object] | None = None,
         rows: int | None = None,
         turns: Turns | None = None,
+        crew: Crew | None = None,
     ) -> None:
         self.model = model
         self.name = name
@@ -102,16 +107,14 @@ class Lane:
         # Elsewhere than on a CPU a lane waits for its device, and others are not to wait for that.
         self._turn = (turns or Turns()).turn if model.device.type == "cpu" else nullcontext
         self.batches: Counter[int] = Counter()
-        self._threads = threads
         self._waiting: deque[Work] = deque()
         self._taken: set[Work] = set()  # what does not wait any more, and has not been told of its end
-        self._wake = threading.Condition()  # the lane's thread has something to do
+        self._arriving = threading.RLock()  # held while segments arrive, or are taken
         self._closing = False
         self._meeting = None if rows == 0 else Meeting(model.device, rows)
         self._appetites: dict[object, Appetite] = {}
-        self._stream = streams.open_stream(model.device)
-        self._thread = threading.Thread(target=self._live, name=name, daemon=True)
-        self._thread.start()
+        self._own_crew = crew is None
+        self._crew = crew or Crew(1, name, partial(prepare, threads, streams.open_stream(model.device)))
 
     @property
     def appetite(self) -> int:
@@ -120,30 +123,33 @@ class Lane:
 
     def put(self, work: Work) -> None:
         """Give the lane a segment to run."""
-        with self._wake:
+        with self._arriving:
             self._waiting.append(work)
-            self._wake.notify()
+        self._crew.wake(self)
 
     def close(self) -> None:
-        """Finish what was given to the lane, and end its thread."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-        self._thread.join()
+        """Finish what was given to the lane."""
+        self._closing = True
+        self._crew.rest(self)
+        if self._own_crew:
+            self._crew.close()
         if self._meeting is not None:
             self._meeting.close()
 
-    def _live(self) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)  # of this thread: OpenMP counts by the thread that starts a region
-        streams.enter(self._stream)
-        while True:
-            try:
-                self._loop()
-                return
-            except Exception as error:  # a lane that ends by a defect of ours would leave everybody waiting for good
-                log.exception("%s: an error outside any request", self.name)
-                self._recover(error)
+    @property
+    def has_work(self) -> bool:
+        """Whether there is something to do: for a request, or to learn what its calls may share."""
+        return bool(self._waiting) or (self._meeting is not None and self._meeting.eager and not self._closing)
+
+    def work(self) -> None:
+        """Run a segment, or those that may go with it; or make a trial call where there is none."""
+        try:
+            self._work()
+        except (
+            Exception
+        ) as error:  # by a defect of ours; a lane that ended by it would leave everybody waiting for good
+            log.exception("%s: an error outside any request", self.name)
+            self._recover(error)
 
     def _recover(self, error: Exception) -> None:
         """Let go of the requests that an error may have to do with; those that wait are still to come."""
@@ -162,32 +168,19 @@ class Lane:
             finally:
                 streams.wait(self.model.device)
 
-    def _take(self, wait: bool) -> deque[Work] | None:
-        """Return what has arrived, waiting for it if need be; None when the lane is closed and nothing is left."""
-        with self._wake:
-            while wait and not self._waiting and not self._closing:
-                self._wake.wait()
-            arrived, self._waiting = self._waiting, deque()
-            self._taken.update(arrived)
-            return arrived if arrived or not (wait and self._closing) else None
-
-    def _loop(self) -> None:
-        while True:
-            if self._meeting is not None and self._meeting.overdue and not self._closing:
-                self._rehearse(self._meeting)
-            while self._meeting is not None and self._meeting.eager and not self._waiting and not self._closing:
-                self._rehearse(self._meeting)
-            with self._wake:
-                self._wake.wait_for(lambda: self._waiting or self._closing)
-                if not self._waiting:
-                    return
-                works, meet = self._claim()
-            if meet:
-                self._run_together(works)
-                works.clear()
-            else:
-                self._run(works.pop())  # without a name here, which would keep the state until the next comes
-            self._taken.clear()
+    def _work(self) -> None:
+        meeting = self._meeting
+        if meeting is not None and not self._closing and (meeting.overdue or (meeting.eager and not self._waiting)):
+            self._rehearse(meeting)
+        with self._arriving:
+            if not self._waiting:
+                return
+            works, meet = self._claim()
+        if meet:
+            self._run_together(works)
+        else:
+            self._run(works.pop())  # without a name here, which would keep the state until the next comes
+        self._taken.clear()
 
     def _rehearse(self, meeting: Meeting) -> None:
         """Make a trial call between two requests; where it fails, the requests themselves are the trials."""
@@ -304,6 +297,13 @@ class Lane:
 
     def _account(self) -> None:
         """Take note of the seconds of what the device has done, where they were not known when it was asked."""
+
+
+def prepare(threads: int | None, stream: torch.cuda.Stream | None = None) -> None:
+    """Let this thread compute as a lane does: with so many CPU threads, and on its stream."""
+    if threads is not None:
+        streams.use_threads(threads)
+    streams.enter(stream)
 
 
 def _forget_frames(error: BaseException | None) -> None:

@@ -12,6 +12,7 @@ import torch
 from triptych.components.step_cache import is_cached
 from triptych.errors import TriptychError
 from triptych.runtime import budget, streams
+from triptych.runtime.crew import Crew
 from triptych.runtime.lanes import Lane, Work
 from triptych.runtime.model import Model
 from triptych.runtime.pace import PATIENCE
@@ -74,6 +75,7 @@ class StepLane(Lane):
         threads: int | None = None,
         budget: int | None = None,
         turns: Turns | None = None,
+        crew: Crew | None = None,
     ) -> None:
         cached = any(is_cached(each) for each in model.components.values())
         self.budget = 0 if cached else budget  # forwards of a model with a step cache cannot be shared
@@ -84,21 +86,33 @@ class StepLane(Lane):
         self._sample: tuple[Denoising, Forward] | None = None
         self._known: int | None = None  # the budget that an earlier start has measured
         self._patient_until = 0.0
-        super().__init__(model, name, threads=threads, rows=0, turns=turns)
+        super().__init__(model, name, threads=threads, rows=0, turns=turns, crew=crew)
 
-    def _loop(self) -> None:
-        while True:
-            if self.budget is None and self._sample is not None and (not self._active or self._impatient):
-                self._try_out(*self._sample)
-            arrived = self._take(wait=not self._active)
-            if arrived is None:
-                return
-            with self._turn():
-                while arrived:
-                    self._join(arrived.popleft())
-                self._dismiss()
-                if self._active:
-                    self._step(self._choose())
+    @property
+    def has_work(self) -> bool:
+        """Whether there is something to do: for a request, or to find the budget."""
+        return bool(self._waiting or self._active) or (self._is_curious and not self._closing)
+
+    def _work(self) -> None:
+        if self._is_curious and (self._impatient or not (self._waiting or self._active)):
+            assert self._sample is not None
+            self._try_out(*self._sample)
+        with self._arriving:
+            arrived, self._waiting = self._waiting, deque()
+            self._taken.update(arrived)
+        if not arrived and not self._active:
+            return
+        with self._turn():
+            while arrived:
+                self._join(arrived.popleft())
+            self._dismiss()
+            if self._active:
+                self._step(self._choose())
+
+    @property
+    def _is_curious(self) -> bool:
+        """Whether the budget is still to be found, with a forward that is there."""
+        return self.budget is None and self._sample is not None
 
     @property
     def _impatient(self) -> bool:

@@ -83,13 +83,23 @@ class Stopwatch:
         return event
 
 
+def use_threads(count: int) -> None:
+    """Let this thread compute with so many CPU threads.
+
+    OpenMP counts by the thread that starts a region. PyTorch, where a thread comes to its first region or asks for the
+    number, takes over what any thread has set last: so it is asked before.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(count)
+
+
 def like_this_thread(device: torch.device) -> Callable[[], None]:
     """Return what lets another thread compute as this one does: on as many CPU threads, and on the same stream."""
     threads = torch.get_num_threads()
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def become() -> None:
-        torch.set_num_threads(threads)
+        use_threads(threads)
         enter(stream)
 
     return become
