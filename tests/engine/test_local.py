@@ -16,6 +16,7 @@ from triptych.engine.local import LocalEngine, place, thread_shares
 from triptych.errors import Cancelled, ParameterError, ReplicaLost, UsageError
 from triptych.request import Request
 from triptych.roles import RoleType
+from triptych.runtime import streams
 
 ASK: dict[str, Any] = {
     "prompt": "a red fox", "seed": 7, "height": 64, "width": 48, "num_inference_steps": 3, "output_type": "pt",
@@ -159,36 +160,57 @@ def test_two_denoisers_share_the_work(repository: Path) -> None:
     assert len(used) == 2
 
 
-@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="PyTorch before 2.8 does not tell such errors apart")
+NEEDS_ACCELERATOR_ERROR = pytest.mark.skipif(
+    not hasattr(torch, "AcceleratorError"), reason="PyTorch before 2.8 does not tell such errors apart"
+)
+
+
+def fail_on_one_denoiser(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = min((each for each in engine.router.replicas if D in each.roles), key=lambda each: len(each.roles))
+    (stage,) = (each for each in replica.model.stages if each.role is RoleType.DENOISER)  # type: ignore[attr-defined]
+
+    def fail(forward: object) -> None:
+        raise torch.AcceleratorError("an illegal address")
+
+    monkeypatch.setattr(stage, "compute", fail)
+
+
+@NEEDS_ACCELERATOR_ERROR
 @pytest.mark.parametrize("denoisers", [1, 2])
 def test_a_device_that_has_failed_is_given_nothing_more(
     repository: Path, whole: triptych.Model, denoisers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     devices = ",".join(["cpu"] * denoisers)
     with LocalEngine(repository, encoder="cpu", denoiser=devices, decoder="cpu", threads=ONE) as engine:
-        replica = min((each for each in engine.router.replicas if D in each.roles), key=lambda each: len(each.roles))
-        (stage,) = (each for each in replica.model.stages if each.role is RoleType.DENOISER)  # type: ignore[attr-defined]
-
-        def fail(forward: object) -> None:
-            raise torch.AcceleratorError("an illegal address")
-
-        monkeypatch.setattr(stage, "compute", fail)
-        jobs = [engine.submit(Request(**{**ASK, "num_inference_steps": 40})) for _ in range(20)]
-        ends = []
-        for job in jobs:
-            try:
-                ends.append(job.result(60))
-            except (torch.AcceleratorError, ReplicaLost) as error:
-                ends.append(error)
-        assert any(isinstance(each, torch.AcceleratorError) for each in ends)
-        assert engine.ready() == (denoisers == 2)
+        fail_on_one_denoiser(engine, monkeypatch)
+        monkeypatch.setattr(streams, "answers", lambda device: False)
+        jobs = [engine.submit(Request(**{**ASK, "seed": seed, "num_inference_steps": 9})) for seed in range(20)]
         if denoisers == 1:
-            assert not any(isinstance(each, triptych.Result) for each in ends)
-            assert any(isinstance(each, ReplicaLost) for each in ends)
+            for job in jobs:
+                with pytest.raises(ReplicaLost, match="start this process anew"):
+                    job.result(60)
             with pytest.raises(ReplicaLost, match="start this process anew"):
                 engine.submit(Request(**ASK))
+            assert not engine.ready()
         else:
-            assert torch.equal(engine.generate(**ASK).images, whole.generate(**ASK).images)
+            for seed, job in enumerate(jobs):
+                expected = whole.generate(**{**ASK, "seed": seed, "num_inference_steps": 9}).images
+                assert torch.equal(job.result(60).images, expected)
+            assert engine.ready()
+            assert any(event.kind == "retried" for job in jobs for event in job.events())
+
+
+@NEEDS_ACCELERATOR_ERROR
+def test_an_error_that_looks_like_a_failed_device_is_one_requests_where_the_device_goes_on(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LocalEngine(repository, encoder="cpu", denoiser="cpu", decoder="cpu", threads=ONE) as engine:
+        with monkeypatch.context() as patch:
+            fail_on_one_denoiser(engine, patch)
+            with pytest.raises(torch.AcceleratorError, match="an illegal address"):
+                engine.generate(**ASK)
+        assert engine.ready()
+        engine.generate(**ASK)
 
 
 def test_closing_finishes_what_was_taken_on(repository: Path) -> None:

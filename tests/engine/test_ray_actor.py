@@ -16,6 +16,7 @@ from triptych.engine import attempt
 from triptych.engine.attempt import REMEMBERED
 from triptych.engine.inbox import Order, send
 from triptych.engine.ray_actor import ReplicaActor
+from triptych.runtime import streams
 from triptych.state import State
 
 ASK: dict[str, Any] = {
@@ -196,8 +197,10 @@ def test_a_damaged_state_is_answered_with_its_error(actors: dict[str, ReplicaAct
 def test_a_process_whose_device_has_failed_ends(
     actors: dict[str, ReplicaActor], request_bytes: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended = []
+    ended: list[int] = []
+    works = True
     monkeypatch.setattr("os._exit", ended.append)
+    monkeypatch.setattr(streams, "answers", lambda device: works)
     encoder = actors["encoder"]
 
     def fail(*_: Any) -> None:
@@ -205,8 +208,9 @@ def test_a_process_whose_device_has_failed_ends(
 
     hook = encoder._replica.model.components["text_encoder"].register_forward_pre_hook(fail)
     try:
-        for number, error in enumerate((RuntimeError("no such shape"), torch.AcceleratorError("an illegal address"))):
+        told = torch.AcceleratorError("an illegal address")
+        for number, (error, works) in enumerate([(RuntimeError("no such shape"), False), (told, True), (told, False)]):
             assert "error" in encoder.run(order(encoder, f"failed {number}"), request_bytes)[0]
-            assert len(ended) == number
+            assert len(ended) == (number == 2)
     finally:
         hook.remove()

@@ -356,6 +356,24 @@ def test_too_many_jobs_are_turned_away_with_a_time_to_come_back() -> None:
     assert len(made) == 2
 
 
+def test_a_router_that_refuses_all_ends_its_jobs_and_takes_none_on() -> None:
+    replica = Remote("all")
+    made = router(replica)
+    running, waiting = submit(made), submit(made)
+    made.refuse_all(ReplicaLost("no device is left"))
+    for job in (running, waiting):
+        with pytest.raises(ReplicaLost, match="no device is left"):
+            job.result(0)
+    errors = []
+    for _ in range(2):
+        with pytest.raises(ReplicaLost, match="no device is left") as caught:
+            submit(made)
+        errors.append(caught.value)
+    assert errors[0] is not errors[1]
+    replica.answer(replica.tickets[0])
+    assert len(made) == 0
+
+
 def test_a_draining_replica_is_given_nothing_more() -> None:
     replica = Remote("all")
     made = router(replica)

@@ -90,17 +90,18 @@ class LanesReplica(Replica):
                 self.lanes[role] = kind(model, where, exclusive=lock, rows=rows, **common)
 
     def start(self, ticket: Ticket, payload: State) -> None:
-        state = payload.copy()
+        state, model = payload.copy(), self.model
 
         def done(outcome: State | Exception) -> None:
             work = self._works.pop(ticket)
             self._make_room(ticket.role)
-            if isinstance(outcome, Exception):
-                ticket.done(ticket, outcome)
-                if self._on_broken is not None and streams.is_broken(outcome):
-                    self._on_broken(self, outcome)
-            else:
+            if isinstance(outcome, State):
                 ticket.done(ticket, Handover(outcome.next_role, outcome, work.seconds))
+            elif self._on_broken is not None and streams.is_broken(outcome, model.device):
+                self._on_broken(self, outcome)  # before its place is free, which somebody else would be given
+                ticket.done(ticket, ReplicaLost(f"its device has failed: {outcome}"))
+            else:
+                ticket.done(ticket, outcome)
 
         previews = None if ticket.job.previews is None else Previews(*ticket.job.previews, ticket.show)
         work = Work(state, done, ticket.report, ticket.job.deadline, previews)
@@ -212,7 +213,6 @@ class LocalEngine(Engine):
         batching: bool = True,
         warm_up: bool = True,
     ) -> None:
-        self._failed = False  # whether a role has no device any more
         options: dict[str, Any] = {"dtype": dtype, "tasks": tasks, "revision": revision, "variant": variant}
         options["acceleration"] = parse_acceleration(acceleration)
         self.router = Router(lambda handover: handover.payload.result, policy=policy, max_waiting=max_waiting)
@@ -247,8 +247,6 @@ class LocalEngine(Engine):
             self.warm_up()
 
     def hand_in(self, state: State) -> Handover:
-        if self._failed:
-            raise ReplicaLost(_FAILED)
         streams.wait_for(state.fields)
         return Handover(state.next_role, state)
 
@@ -263,8 +261,7 @@ class LocalEngine(Engine):
         replica.draining = True
         log.critical("the device of %s has failed, and it is given nothing more: %s", replica.name, error)
         if not self.ready():
-            self._failed = True
-            self.router.cancel_all(ReplicaLost(_FAILED))
+            self.router.refuse_all(ReplicaLost(_FAILED))
 
     def close(self, timeout: float | None = None) -> None:
         self._drain(timeout)

@@ -216,11 +216,23 @@ class ReplicaActor:
             turns = [role.value for role in finished.route[finished.position :]]
             outcome: dict[str, Any] = {"turns": turns, "seconds": seconds, "handed": handed}
         except Exception as error:  # noqa: BLE001 (told to the router, which knows whose fault it is)
-            _end_if_broken(error)
+            self._end_if_broken(error)
             outcome, after = failure(error)
         if attempt.previews:
             outcome["previews"] = attempt.previews
         attempt.answer.set_result((outcome, after))
+
+    def _end_if_broken(self, error: Exception) -> None:
+        """End this process where its device has failed it: nothing works there any more, and Ray starts another one.
+
+        Its requests go elsewhere as those of any process that dies.
+        """
+        from triptych.runtime.streams import is_broken
+
+        loaded = self._loaded.done() and self._loaded.exception() is None
+        if loaded and is_broken(error, self._replica.model.device):
+            log.critical("this replica ends, because its device has failed: %s", error)
+            os._exit(1)
 
     def _read(self, data: memoryview | npt.NDArray[np.uint8] | Placed) -> State:
         """Return the state that has come."""
@@ -296,18 +308,6 @@ class ReplicaActor:
         """Return the matrix that previews are made with, if its decoder can tell within `timeout` seconds."""
         found = self._replica.projection(timeout)
         return None if found is None else found.weight.numpy()
-
-
-def _end_if_broken(error: Exception) -> None:
-    """End this process where a device has failed it: nothing works there any more, and Ray starts another one.
-
-    Its requests go elsewhere as those of any process that dies.
-    """
-    from triptych.runtime.streams import is_broken
-
-    if is_broken(error):
-        log.critical("this replica ends, because its device has failed: %s", error)
-        os._exit(1)
 
 
 def difference(mine: dict[str, str], expected: dict[str, str]) -> str:

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 from triptych.engine.choice import Choice, Policy
@@ -54,6 +55,7 @@ class Router:
         self._finish = finish
         self._jobs: dict[Job, dict[str, Any]] = {}  # with their requests' plain parameters
         self._waiting: list[Ticket] = []
+        self._refusal: Exception | None = None
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
 
@@ -64,8 +66,11 @@ class Router:
 
         Raises:
             OverloadedError: too many are on their way.
+            Exception: what `refuse_all` was told.
         """
         with self._lock:
+            if self._refusal is not None:
+                raise copy(self._refusal)  # each with a traceback of its own
             if len(self._jobs) >= self.max_waiting:
                 raise OverloadedError(len(self._jobs), self.retry_after())
             self._jobs[job] = {name: value for name, value in fields.items() if isinstance(value, (int, float, str))}
@@ -95,6 +100,12 @@ class Router:
         with self._lock:
             for job in list(self._jobs):
                 self.cancel(job, error)
+
+    def refuse_all(self, error: Exception) -> None:
+        """Stop every job with an error, and take none on from now on."""
+        with self._lock:
+            self._refusal = error
+            self.cancel_all(error)
 
     def check_deadlines(self) -> None:
         """End the jobs whose deadline has passed."""

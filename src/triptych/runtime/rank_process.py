@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class _Worker:
     """What the leader's frames are done by."""
 
+    device: torch.device | None = None  # where it computes, once it has loaded
+
     def load(self, data: bytearray) -> bytes:
         """Load the denoiser."""
         import torch
@@ -39,6 +41,7 @@ class _Worker:
         if (threads := job.pop("threads")) is not None:
             torch.set_num_threads(threads)
         self.model = load(job.pop("source"), role="denoiser", **job)
+        self.device = self.model.device
         self.stages = {stage.name: stage for stage in self.model.stages}
         return b""
 
@@ -126,7 +129,7 @@ def main() -> None:
             from triptych.runtime.streams import is_broken
 
             link.send(Kind.FAILED, json.dumps(to_text(error)).encode())
-            if is_broken(error):
+            if worker.device is not None and is_broken(error, worker.device):
                 os._exit(1)  # the leader starts all ranks anew
         else:
             link.send(done, answer)

@@ -36,9 +36,22 @@ def wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def is_broken(error: BaseException) -> bool:
-    """Return whether an error says that a device has failed its process: nothing works there any more."""
-    return isinstance(error, getattr(torch, "AcceleratorError", ()))  # PyTorch has it from 2.8 on
+def is_broken(error: BaseException, device: torch.device) -> bool:
+    """Return whether an error comes from a device that has failed its process: nothing works there any more.
+
+    The error alone does not tell: a lack of memory may look the same, and so does a tensor on another device that failed.
+    """
+    return isinstance(error, getattr(torch, "AcceleratorError", ())) and not answers(device)  # it is there from 2.8 on
+
+
+def answers(device: torch.device) -> bool:
+    """Return whether a device still computes."""
+    try:
+        torch.zeros(1, device=device).add_(1)
+        wait(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def wait_for(values: Any) -> None:
