@@ -4,6 +4,7 @@ import contextlib
 import json
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,29 @@ def test_an_interrupt_takes_back_what_many_clients_asked_for(caller: Caller) -> 
         assert not each.is_alive()
     assert idle()
     assert settled(caller.service)
+
+
+def test_an_interrupt_does_not_wait_for_a_slow_service_once_for_every_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_DELETE(self) -> None:
+            asked.append(self.path)
+            time.sleep(0.3)
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    monkeypatch.setattr(bench, "_PATIENCE", 0.4)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Client(f"http://127.0.0.1:{server.server_port}") as client, bench._Service(client) as service:
+            service._open += [{"links": {"self": f"/v1/requests/{k}"}} for k in range(20)]
+            service._asking = 20
+        server.shutdown()
+    assert 1 <= len(asked) <= 2
 
 
 def test_a_model_is_measured_alone_and_busy_and_told_whether_to_split(capsys: pytest.CaptureFixture[str]) -> None:

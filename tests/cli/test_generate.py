@@ -1,5 +1,6 @@
 """`triptych generate`: from a prompt to a file."""
 
+import io
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from tiny import lora
 
 import triptych
 from triptych import embedded
-from triptych.cli import generate, output, run
+from triptych.cli import generate, main, output, run
 from triptych.cli.arguments import parse_loras, parse_parameters
 from triptych.cli.media import open_images, open_video
 from triptych.errors import UsageError
@@ -316,6 +317,18 @@ def command(*arguments: str, **options: Any) -> subprocess.Popen[str]:
         text=True,
         **options,
     )
+
+
+def test_a_path_of_any_bytes_is_printed_as_it_was_given(klein: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = b"caf\xe9.png"
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="utf-8", errors="strict"))
+    monkeypatch.setattr(sys, "argv", ["triptych", "generate", klein, "a fox", "-o", os.fsdecode(path), *QUICK])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    sys.stdout.flush()
+    assert (ended.value.code, printed.getvalue()) == (0, path + b"\n")
+    assert os.listdir(b".") == [path]
 
 
 def test_split_in_three_processes_writes_the_same_bytes_and_no_noise(tiny_repo: TinyRepo) -> None:

@@ -3,8 +3,10 @@
 import asyncio
 import errno
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from filming import Client
-from serving import LONG, QUICK, engine
+from serving import LONG, QUICK, engine, idle
 
 from triptych.engine.job import Job
 from triptych.errors import Cancelled
@@ -141,6 +143,47 @@ def test_a_request_that_is_cancelled_before_the_engine_has_it_is_not_left_to_the
     assert store.all()[0].error is not None
     store.close()
     records.spool.close()
+
+
+@pytest.mark.parametrize("late", ["job", "row"])
+def test_a_request_that_is_deleted_before_it_has_its_job_or_its_row_is_not_left_to_the_next_server(
+    film: Callable[..., Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str
+) -> None:
+    store = JobStore(tmp_path)
+    client = film(engine(), None, store)
+    reached, deleted = threading.Event(), threading.Event()
+    owner, name = (engine(), "submit") if late == "job" else (store, "add")
+    admit = getattr(owner, name)
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        reached.set()
+        assert deleted.wait(30)
+        return admit(*args, **options)
+
+    monkeypatch.setattr(owner, name, slowly)
+    with ThreadPoolExecutor(1) as thread:
+        submitted = thread.submit(submit, client, LONG)
+        assert reached.wait(30)
+        (record,) = client.service.records.all()
+        assert httpx.delete(f"{client.root}/v1/requests/{record.id}").status_code == 204
+        deleted.set()
+        assert httpx.get(submitted.result()).status_code == 404
+    assert store.all() == []
+    assert list((tmp_path / "inputs").iterdir()) == []
+    assert idle()
+
+
+def test_pictures_whose_row_cannot_be_written_leave_no_files_and_take_no_space(
+    film: Callable[..., Client], tmp_path: Path
+) -> None:
+    store = JobStore(tmp_path)
+    client = film(engine(), None, store)
+    words = "SELECT RAISE(ABORT, 'database or disk is full')"
+    store._database.execute(f"CREATE TEMP TRIGGER full BEFORE INSERT ON jobs BEGIN {words}; END")
+    body = {"prompt": "a dog", "num_inference_steps": 1, "response_format": "url"}
+    response = httpx.post(f"{client.root}/v1/images/generations", json=body, timeout=30)
+    assert response.status_code == 500 and "database or disk is full" in response.text
+    assert (list(store.results.iterdir()), client.service.records.spool.nbytes) == ([], 0)
 
 
 def test_a_full_disk_is_507() -> None:

@@ -14,7 +14,7 @@ from serving import LONG, PROMPT, QUICK, Caller, engine
 
 import triptych
 from triptych import embedded
-from triptych.errors import ParameterError
+from triptych.errors import ParameterError, UsageError
 from triptych.result import Result
 from triptych.server import formats
 from triptych.server.limits import Limits
@@ -197,6 +197,27 @@ def test_a_result_that_is_dropped_while_its_file_is_made_leaves_nothing(monkeypa
         return written
 
     monkeypatch.setattr(Result, "save", dropped_meanwhile)
+    with pytest.raises(FileNotFoundError):
+        spool.file("req_1", 0, 2, ".gif")
+    assert (files(spool), spool.nbytes) == ([], 0)
+    spool.close()
+
+
+def test_a_result_that_is_dropped_before_its_file_is_made_was_dropped_and_not_saved_wrongly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spool = Spool(10**9)
+    spool.put("req_1", video())
+    save = Result.save
+
+    def dropped_before(self: Result, path: Path) -> list[Path]:
+        spool.release("req_1")
+        spool.erase("req_1")
+        return save(self, path)
+
+    with pytest.raises(UsageError, match=r"cannot be saved with the suffix '\.png'"):
+        spool.file("req_1", 0, 2, ".png")
+    monkeypatch.setattr(Result, "save", dropped_before)
     with pytest.raises(FileNotFoundError):
         spool.file("req_1", 0, 2, ".gif")
     assert (files(spool), spool.nbytes) == ([], 0)

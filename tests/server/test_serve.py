@@ -1,5 +1,6 @@
 """Serving from start to stop, as `triptych serve` does it: a process, its signals and its exit code."""
 
+import logging
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import pytest
 from serving import LONG, QUICK, Caller, idle, level, running
 
 import triptych
+from triptych.cli.console import logging_to, stderr_console
 from triptych.errors import UsageError
 from triptych.server.front import Front, listen
 from triptych.server.limits import Limits
@@ -120,6 +122,24 @@ def test_draining_waits_for_results_to_be_fetched_but_not_for_ever(serve: Callab
     assert not ended.wait(0.3)
     assert ended.wait(5)
     assert not caller.service.records.get(request["id"]).fetched
+
+
+@pytest.mark.parametrize("channel", [os.openpty, os.pipe])  # the pipe is one to `tee`, which goes with its terminal
+def test_draining_waits_though_the_terminal_that_would_be_told_of_it_is_gone(
+    serve: Callable[..., Caller], channel: Callable[[], tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = serve(Limits(linger=0))
+    request = caller.submit({**QUICK, "num_inference_steps": 12})
+    near, far = channel()
+    os.close(near)
+    stderr = os.fdopen(far, "w", buffering=1)  # as Python's own: by lines
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with logging_to(stderr_console(), verbose=False):
+        drain(caller.service, 60, Stop())
+        logging.getLogger("triptych.server").warning("requests had not finished")  # as the server's last words are
+    assert caller.status(request)["status"] == "done"
+    with pytest.raises(OSError):
+        stderr.close()  # what it holds cannot be written
 
 
 def test_draining_is_bounded(serve: Callable[..., Caller]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated, Any
 
@@ -69,5 +70,7 @@ def run(arguments: list[str]) -> int:
 
 def main() -> None:
     """The console script `triptych`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # paths go out as they came in, whatever their bytes
     with at_once():  # until a command begins
         sys.exit(run(sys.argv[1:]))

@@ -171,7 +171,8 @@ class _Service:
         end = time.monotonic() + _PATIENCE
         while self._asking and time.monotonic() < end:  # one that is being submitted is known only after that
             for request in list(self._open):
-                self._client.forget(request)  # which ends its stream of events, and so its thread
+                if time.monotonic() < end:  # a service that hangs takes seconds for each
+                    self._client.forget(request)  # which ends its stream of events, and so its thread
             time.sleep(0.05)
 
     def ask(self, parameters: dict[str, Any]) -> Mapping[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -17,7 +18,12 @@ def stderr_console() -> Console:
     """Return a Rich console on stderr."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    class Stderr(Console):
+        def on_broken_pipe(self) -> None:
+            # As any file would: Rich itself would end the process, from wherever something is printed.
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    return Stderr(stderr=True, highlight=False)
 
 
 def human(size: int) -> str:
@@ -39,7 +45,12 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         label = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        self.console.print(f"{label}{record.getMessage()}", markup=False, soft_wrap=True)
+        try:
+            self.console.print(f"{label}{record.getMessage()}", markup=False, soft_wrap=True)
+        except OSError as error:
+            # Not the failure of whoever logs, who has work to go on with: a server, its last requests to finish. Once
+            # the terminal or the pipe is gone, nothing more is printed: the console would collect what it cannot write.
+            self.console.quiet = error.errno in (errno.EIO, errno.EPIPE)
 
 
 @contextmanager

@@ -125,6 +125,9 @@ class Records:
     def __len__(self) -> int:
         return len(self._records)
 
+    def __contains__(self, record: Record) -> bool:
+        return record.id in self._records
+
     def get(self, name: str) -> Record:
         """Return a record.
 

@@ -128,6 +128,8 @@ class Service:
             raise
         if record.ended is not None and record.job is not None:  # cancelled before the engine had it
             await to_thread.run_sync(record.job.cancel)
+        if record.lasting and record not in self.records:  # deleted before the store had it: there was nothing to erase
+            await self.records.erase(record)
 
     def run(self, engine: Engine, record: Record, request: Request, deadline: float | None, previews: int) -> Job:
         """Submit a request to an engine, within the limits, as the job of a record.

@@ -154,7 +154,12 @@ class Spool:
         with making:  # those who ask at the same time wait for the one that makes it
             if not all(each.exists() for each in paths):
                 fields: dict[str, Any] = wire.unpack((folder / _RESULT).read_bytes())[0]
-                Result(**fields).save(folder / f"output{suffix}")
+                try:
+                    Result(**fields).save(folder / f"output{suffix}")
+                except UsageError:
+                    if name in self._sizes:
+                        raise
+                    raise FileNotFoundError(name) from None  # dropped in the meantime: its folder is not there any more
                 self._count(name, sum(each.stat().st_size for each in paths))
         return paths[index]
 

@@ -314,6 +314,15 @@ def test_an_edit_without_a_readable_picture_is_refused(editor: openai.OpenAI) ->
     assert response.status_code == 400 and response.json()["error"]["param"] == "x"
 
 
+def test_no_pictures_at_all_are_refused_by_name(editor: openai.OpenAI) -> None:
+    body = {"prompt": "a fox", "image": [], **SMALL}
+    for path in ("generations", "edits"):
+        response = httpx.post(f"{editor.base_url}images/{path}", json=body, timeout=30)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, "image"), error
+        assert "one picture or several are accepted" in error["message"]
+
+
 def test_requests_without_previews_are_told_of_none(caller: Caller, client: openai.OpenAI) -> None:
     client.images.generate(prompt="a dog", extra_body={"num_inference_steps": 4})
     assert not caller.service.records.all()[-1].last("preview")

@@ -5,7 +5,8 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import av
 import httpx
 import openai
 import pytest
-from filming import Client
+from filming import Client, loaded, serving
 from PIL import Image
 from serving import engine as embedded_engine
 
@@ -171,6 +172,31 @@ def test_what_cannot_be_is_refused_by_name(filmer: Client, fields: dict[str, Any
     assert (response.status_code, error["param"]) == (400, param), error
     assert message in error["message"]
     assert error["type"] and error["code"]
+
+
+@pytest.fixture(scope="module")
+def sounding(tiny_repo: Callable[..., Path]) -> Iterator[Client]:
+    """A client of a server whose family has a frame rate of its own."""
+    with contextmanager(loaded)(tiny_repo("ltx2", version="2.0")) as engine, serving(engine) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    "rate", [pytest.param(10**400, id="10**400"), 1e308, float("inf"), float("nan"), 0, 0.0001, True, "fast"]
+)
+def test_a_frame_rate_of_the_family_s_own_is_bounded_as_fps_is(sounding: Client, rate: Any) -> None:
+    for more in ({}, {"seconds": "1"}):
+        body = json.dumps({"prompt": "a fox", "size": "64x64", "frame_rate": rate, **more})  # httpx refuses NaN
+        response = httpx.post(f"{sounding.root}/v1/videos", content=body, timeout=30)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, "frame_rate"), error
+        assert "a number from 0.01 and up to 240 is accepted" in error["message"]
+
+
+def test_a_frame_rate_of_the_family_s_own_decides_over_the_length(sounding: Client) -> None:
+    fields = {"size": "64x64", "num_inference_steps": 2, "frame_rate": "12", "seconds": "1"}  # a text, as fps may be
+    video = post(sounding, **fields).json()
+    assert (video["fps"], video["num_frames"], video["seconds"]) == (12, 13, "1.083")
 
 
 def test_another_model_is_not_there(filmer: Client, tiny_repo: Any) -> None:

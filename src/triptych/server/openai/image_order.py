@@ -169,6 +169,8 @@ def _add_pictures(given: dict[str, Any], kinds: Mapping[str, str], family: str, 
         if kinds.get(name) not in ("image", "images"):
             continue
         several = value if isinstance(value, list) else [value]
+        if not several:
+            raise ParameterError(name, value, "one picture or several are accepted, or leave it out")
         if len(several) > 1 and kinds[name] == "image":
             raise ParameterError(name, f"{len(several)} pictures", f"{family} takes one")
         if other := next((each for each in several if not isinstance(each, (bytes, str))), None):

@@ -143,12 +143,18 @@ async def _take_on(service: Service, files: Files) -> Record:
 
     def keep(result: Result) -> None:
         files.fill(result)
-        if order.links:
+        if not order.links:
+            return
+        try:
             records.spool.put_files(name, suffix, files.data, lasting=records.store is not None)
-        if order.links and records.store is not None:  # its caller has gone by the next start, the address has not
-            who = (name, engine.front.fingerprint, "images", record.seed, record.created, told)
-            records.store.add(StoredJob(*who, status="done", ended=time.time(), outputs=len(files.data)), None)
-            record.lasting = True
+            if records.store is not None:  # its caller has gone by the next start, the address has not
+                who = (name, engine.front.fingerprint, "images", record.seed, record.created, told)
+                records.store.add(StoredJob(*who, status="done", ended=time.time(), outputs=len(files.data)), None)
+                record.lasting = True
+        except BaseException:  # the request fails without outputs, so that nobody would look for files of it
+            records.spool.release(name)
+            records.spool.erase(name)
+            raise
 
     record = Record(name, None, 0, "images", time.time(), told=told, keep=keep)
     await service.take_on(record, order.request, previews=order.previews)

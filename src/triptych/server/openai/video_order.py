@@ -68,6 +68,8 @@ def order_of(fields: Fields, engine: Engine, limits: Limits) -> VideoOrder:
     if not isinstance(given.get("prompt"), str):
         raise ParameterError("prompt", given.get("prompt"), "it is missing: a text is accepted")
     add_size(given, own["size"], "832x480")
+    if "frame_rate" in given:
+        given["frame_rate"] = _number("frame_rate", given["frame_rate"], _FASTEST, SLOWEST)
     rate = _rate(given, own["fps"], family.frame_rate(given), takes_rate="frame_rate" in kinds)
     asked = _frames(given, own["seconds"], rate, takes_frames="num_frames" in kinds)
     _add_pictures(given, own["input_reference"], kinds)
