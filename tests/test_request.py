@@ -6,14 +6,15 @@ import pytest
 from triptych.errors import ParameterError
 from triptych.request import OWN, fill_in
 
-DEFAULTS = {"prompt": None, "negative_prompt": None, "output_type": "pil", **OWN}
+TEXTS = [f"{negative}prompt{number}" for negative in ("", "negative_") for number in ("", "_2", "_3")]
+DEFAULTS = {**dict.fromkeys(TEXTS), "output_type": "pil", **OWN}
 
 
 @pytest.mark.parametrize(
     ("name", "value", "accepted"),
     [
-        ("prompt", "half a \ud800 character", "valid Unicode text"),
-        ("negative_prompt", "\udfff", "valid Unicode text"),
+        *((name, "half a \ud800 character", "valid Unicode text") for name in TEXTS),
+        *((name, ["a", "b"], "a text is accepted") for name in TEXTS),
         ("output_type", np.zeros(2), "one of pil, np, pt, latent"),
         ("output_type", ["pil"], "one of pil, np, pt, latent"),
     ],

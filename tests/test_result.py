@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from triptych.errors import ParameterError, UsageError
-from triptych.result import Result, check_path
+from triptych.result import FASTEST, Result, check_path
 
 
 def colours(*shape: int, seed: int = 0) -> np.ndarray:
@@ -210,6 +210,14 @@ def test_several_videos_are_numbered(tmp_path: Path) -> None:
     first, second = (read_mp4(path)[0] for path in paths)
     assert first[0, ..., 2].mean() < first[1, ..., 2].mean()
     assert second[0, ..., 2].mean() > second[1, ..., 2].mean()
+
+
+@pytest.mark.parametrize("name", ["fox.mp4", "fox.webp"])
+def test_the_fastest_rate_can_be_played(tmp_path: Path, name: str) -> None:
+    frames = smooth_video(2, 32, 32)[None]
+    Result(seed=1, frames=frames, fps=FASTEST).save(tmp_path / name)
+    with pytest.raises(ParameterError, match=f"at most {FASTEST} frames a second"):
+        Result(seed=1, frames=frames, fps=FASTEST + 1).save(tmp_path / name)
 
 
 @pytest.mark.parametrize("fps", [0, 0.009, -1, float("nan"), float("inf"), 51])

@@ -74,6 +74,18 @@ def test_what_is_told_of_the_request_stays_and_survives_the_wire() -> None:
     assert back.parameters == back.result.parameters == told
 
 
+def test_what_a_stage_settles_is_told_of_the_state_it_ran_on_alone() -> None:
+    state = some_state(prompt="a fox", height=None, output_type="pt", sigmas=[1.0])
+    state.tell()
+    assert state.parameters == {"prompt": "a fox", "output_type": "pt"}
+    later = state.copy()
+    later.fields |= {"prompt": "a red fox", "height": 64}
+    later.keep({"seed"})
+    assert (later.fields, state.parameters) == ({"seed": 7}, {"prompt": "a fox", "output_type": "pt"})
+    later.position = 3
+    assert later.result.parameters == {"prompt": "a red fox", "output_type": "pt", "height": 64}
+
+
 def test_keep_drops_what_is_not_live() -> None:
     state = some_state(a=1, b=2)
     state.keep({"seed", "b"})

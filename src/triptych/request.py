@@ -190,7 +190,11 @@ def _output_type(name: str, value: object) -> None:
 
 _CHECKS: dict[str, Callable[[str, object], None]] = {
     "prompt": _text,
+    "prompt_2": _text,
+    "prompt_3": _text,
     "negative_prompt": _text,
+    "negative_prompt_2": _text,
+    "negative_prompt_3": _text,
     "height": _count(1),
     "width": _count(1),
     "num_frames": _count(1),

@@ -32,6 +32,8 @@ DEFAULT_FPS = 16.0
 """Frames per second of a video whose family names no rate."""
 SLOWEST = 0.01
 """Frames per second that every format can play."""
+FASTEST = 1000
+"""Frames per second that MP4 and WebP can play; a GIF plays fewer."""
 
 _FORMATS = {
     "images": {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"},
@@ -249,7 +251,8 @@ def _sounds(audio: Floats | None, sample_rate: int | None, count: int) -> list[S
 
 def _video_writer(video: object, format: str, fps: float, sound: Sound | None) -> Callable[[BinaryIO], None]:
     # GIF has 16 bits for the 1/100 s that a frame stays, and MP4 is given a rate as a fraction of small numbers.
-    fastest = {"MP4": 1000, "GIF": 50, "WEBP": 1000}[format]  # GIF counts in 1/100 s, and players slow 1/100 s down
+    # A GIF counts in 1/100 s, and players slow 1/100 s down.
+    fastest = {"MP4": FASTEST, "GIF": 50, "WEBP": FASTEST}[format]
     if not SLOWEST <= fps <= fastest:
         raise ParameterError("fps", fps, f"{format} plays at least {SLOWEST} and at most {fastest} frames a second")
     if not hasattr(video, "__iter__") or not (frames := [_picture(frame) for frame in video]):

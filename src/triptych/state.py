@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 OUTPUTS = frozenset(("images", "frames", "fps", "audio", "sample_rate", "mesh"))
 """Fields that a family's last stages write: what a result is made of."""
 
+TOLD = (
+    "prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
+    "output_type", "exact",
+)  # fmt: skip
+"""Parameters that a result tells even where they were not given: as they were settled, some by a stage. In order, so
+that a saved result is the same bytes in every process."""
+
 
 @dataclass
 class State:
@@ -59,9 +66,8 @@ class State:
         if self.next_role is not None:
             raise WrongRoleError(f"there is no result yet: it is the {self.next_role}'s turn")
         outputs = {name: value for name, value in self.fields.items() if name in OUTPUTS}
-        told = {name: self.fields.get(name) for name in ("prompt", "output_type")}
-        parameters = self.parameters | {name: value for name, value in told.items() if value is not None}
-        return Result(**outputs, seed=self.fields["seed"], timings=dict(self.timings), parameters=parameters)
+        told, timings = dict(self.parameters), dict(self.timings)
+        return Result(**outputs, seed=self.fields["seed"], timings=timings, parameters=told)
 
     @property
     def nbytes(self) -> int:
@@ -79,10 +85,15 @@ class State:
             name: value.clone_state() if type(value) is torch.Generator else value
             for name, value in self.fields.items()
         }
-        return replace(self, fields=fields, timings=dict(self.timings))
+        return replace(self, fields=fields, timings=dict(self.timings), parameters=dict(self.parameters))
+
+    def tell(self) -> None:
+        """Let the result tell the parameters that it always tells, as they are now; of those yet open, nothing."""
+        self.parameters |= {name: self.fields[name] for name in TOLD if self.fields.get(name) is not None}
 
     def keep(self, live: Collection[str]) -> None:
-        """Drop every field that no later stage reads."""
+        """Drop every field that no later stage reads, once what a stage settled is told."""
+        self.tell()
         for name in [name for name in self.fields if name not in live]:
             del self.fields[name]
 

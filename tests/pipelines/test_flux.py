@@ -174,6 +174,8 @@ NEGATIVE_EMBEDS: dict[str, Any] = {
         ({"true_cfg_scal": 3.0}, UnknownParameterError, "did you mean 'true_cfg_scale'"),
         ({"ip_adapter_image": None}, UnknownParameterError, "no parameter 'ip_adapter_image'"),
         ({"prompt_2": ["a", "b"]}, ParameterError, "prompt_2=.*a text is accepted"),
+        ({"prompt_2": "\ud800"}, ParameterError, "prompt_2=.*valid Unicode text"),
+        ({"negative_prompt_2": "\ud800"}, ParameterError, "negative_prompt_2=.*valid Unicode text"),
         ({"max_sequence_length": 513}, UsageError, "cannot be greater than 512"),
         ({"prompt": None}, UsageError, "`prompt` or `prompt_embeds`"),
         (EMBEDS, UsageError, "`pooled_prompt_embeds` also have to be passed"),

@@ -35,6 +35,7 @@ CLIP = [picture(30 + 15 * k).rotate(5 * k) for k in range(12)]  # two chunks of 
 # Latents of the tiny models at 16 x 32 pixels: a chunk is three frames of them.
 LATENTS = torch.randn(1, 6, 6, 4, 8, generator=torch.Generator().manual_seed(1))
 CHUNK_FRAMES = 5
+STILL = {"image_latents": LATENTS[:, :, :1], "fake_image_latents": LATENTS[:, :, 1:2]}
 
 
 def call_of(version: str, **changes: Any) -> dict[str, Any]:
@@ -255,7 +256,8 @@ def test_more_is_given_than_is_looked_back_at(video: Video) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {"image_latents": LATENTS[:, :, :1], "fake_image_latents": LATENTS[:, :, 1:2]},
+        STILL,
+        {**STILL, "fake_image_latents": LATENTS[:, :, 1:4]},
         {"image_latents": LATENTS[:, :, :1], "add_noise_to_image_latents": False},
         {"fake_image_latents": LATENTS[:, :, 1:2], "image": IMAGE},
         {"video_latents": LATENTS, "image_latents": LATENTS[:, :, :1], "add_noise_to_image_latents": False},
@@ -464,6 +466,14 @@ def test_a_scheduler_for_pyramids_is_refused(video: Video, tmp_path: Path) -> No
         ({"image_latents": LATENTS[:, :, :1]}, ParameterError, "`image_latents` go with `fake_image_latents`"),
         ({"video_latents": LATENTS}, ParameterError, "`video_latents` that are noised go with `image_latents`"),
         ({"video_latents": LATENTS, "video": CLIP}, ParameterError, "`video` or `video_latents` is accepted, not both"),
+        ({**STILL, "image_latents": 3}, ParameterError, "^image_latents=3: a tensor"),
+        ({**STILL, "image_latents": LATENTS[0, :, :1]}, ParameterError, r"^image_latents=.*\(1, 6, 1, 4, 8\)"),
+        ({**STILL, "image_latents": LATENTS[:, :, :2]}, ParameterError, r"^image_latents=.*\(1, 6, 1, 4, 8\)"),
+        ({**STILL, "fake_image_latents": LATENTS[:, :5]}, ParameterError, r"fake_.*=.*\(1, 6, any, 4, 8\)"),
+        ({**STILL, "video_latents": LATENTS[:, :, :, :2]}, ParameterError, r"video_.*=.*\(1, 6, any, 4, 8\)"),
+        ({**STILL, "video_latents": LATENTS[:, :, :2]}, ParameterError, "at least 3 frames .one chunk. are accepted"),
+        ({"prompt": None, "prompt_embeds": 3}, ParameterError, "prompt_embeds=3: a tensor"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(2, 18)}, ParameterError, r"prompt_embeds=.*\(any, any, any\)"),
         ({"prompt": None}, UsageError, "`prompt` or `prompt_embeds`"),
         ({"latents": LATENTS}, UnknownParameterError, "no parameter 'latents'"),
         ({"keep_first_frame": False}, UnknownParameterError, "no parameter 'keep_first_frame'"),

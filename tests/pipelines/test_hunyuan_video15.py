@@ -386,6 +386,14 @@ def test_given_latents_take_the_place_of_the_noise(video: Video) -> None:
     assert differ(video.of(latents=noise), video.base)
 
 
+def test_given_latents_decide_the_size_that_no_image_does(video: Video) -> None:
+    _, channels, frames, height, width = video.ours(output_type="latent").shape
+    wider = 0 if video.task == "i2v" else 2
+    shape = (1, channels, frames + 1, height + wider, width)
+    made = video.of(latents=torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    assert made.shape[1] > video.base.shape[1]
+
+
 def test_given_embeddings_take_the_place_of_the_prompts(video: Video) -> None:
     names = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
     with torch.no_grad():
@@ -467,7 +475,16 @@ def test_frames_per_second_are_those_of_the_published_models(video: Video) -> No
         ("t2v", {"prompt": None, "prompt_embeds": torch.zeros(1, 3, 24)}, UsageError, "`prompt_embeds_mask` also"),
         ("t2v", {"prompt_embeds_2": torch.zeros(2, 3, 18), "prompt_embeds_mask_2": torch.zeros(2, 3)}, ParameterError,
          "prompt_embeds_2=.*those of one prompt"),
-        ("t2v", {"latents": torch.zeros(2, 6, 3, 4, 6)}, ParameterError, "latents=.*those of 1 videos are accepted"),
+        ("t2v", {"prompt": None, "prompt_embeds": 3, "prompt_embeds_mask": 3, "prompt_embeds_2": 3,
+                 "prompt_embeds_mask_2": 3}, ParameterError, "prompt_embeds=3: a tensor"),
+        ("t2v", {"prompt_embeds_2": torch.zeros(3, 18), "prompt_embeds_mask_2": torch.zeros(1, 3)}, ParameterError,
+         r"prompt_embeds_2=.*\(any, any, any\)"),
+        ("t2v", {"prompt_embeds_2": torch.zeros(1, 3, 18), "prompt_embeds_mask_2": 3}, ParameterError,
+         "prompt_embeds_mask_2=3: those of one prompt"),
+        ("t2v", {"latents": 3}, ParameterError, "latents=3: a tensor"),
+        ("t2v", {"latents": torch.zeros(2, 6, 3, 4, 6)}, ParameterError, r"latents=.*\(1, 6, any, any, any\)"),
+        ("t2v", {"latents": torch.zeros(1, 7, 3, 4, 6)}, ParameterError, r"latents=.*\(1, 6, any, any, any\)"),
+        ("i2v", {"latents": torch.zeros(1, 6, 3, 7, 10)}, ParameterError, r"latents=.*\(1, 6, any, 7, 8\)"),
         ("t2v", {"image": FIRST}, UnknownParameterError, "no parameter 'image'"),
         ("t2v", {"guidance_scale": 3.0}, UnknownParameterError, "no parameter 'guidance_scale'"),
         ("i2v", {"image": None}, ParameterError, "image=None: the video's first frame is missing"),

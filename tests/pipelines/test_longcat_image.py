@@ -148,6 +148,20 @@ def test_a_sampled_prompt_is_that_of_diffusers_with_torchs_own_seed_set(tiny_rep
     assert_same(split, drawn[7], "split")
 
 
+@pytest.mark.parametrize("option", ["enable_prompt_rewrite", "enable_cfg_renorm"])
+def test_none_switches_an_option_off_as_in_diffusers(longcat: Parity, option: str) -> None:
+    off = longcat.check(**{**DRAWN, option: None})
+    assert_same(longcat.whole(**{**DRAWN, option: False}, output_type="pt"), off, "off")
+
+
+@pytest.mark.usefixtures("small")
+def test_an_edit_tells_the_size_that_its_picture_gave_it(edit: Parity) -> None:
+    state = edit.model.admit(triptych.Request(**GUIDED, image=picture(30), output_type="pt", seed=7))
+    assert {"height", "width"}.isdisjoint(state.parameters)
+    result = edit.model.run(state).result
+    assert (result.parameters["height"], result.parameters["width"]) == result.images.shape[2:]
+
+
 def test_pictures_without_guidance_are_those_of_diffusers(either: Parity) -> None:
     plain = either.check(**{**DRAWN, "guidance_scale": 1.0})
     assert_same(either.check(**{**DRAWN, "guidance_scale": 0.5, "negative_prompt": None}), plain, "a lower scale")
@@ -397,6 +411,7 @@ def test_texts_that_cannot_be_used_are_refused_with_a_reason(
         ({"enable_prompt_rewrite": "no"}, "enable_prompt_rewrite='no': True or False"),
         ({"enable_cfg_renorm": 1}, "enable_cfg_renorm=1: True or False"),
         ({"cfg_renorm_min": "0.5"}, "cfg_renorm_min='0.5': a finite number"),
+        ({"cfg_renorm_min": True}, "cfg_renorm_min=True: a finite number"),
         ({"cfg_renorm_min": 1.5}, "cfg_renorm_min=1.5: a number from 0 to 1"),
     ],
 )

@@ -239,6 +239,22 @@ def test_packed_latents_are_taken_as_diffusers_takes_them(first: Video) -> None:
     first.of(latents=torch.randn(1, 96, 6, generator=draw), audio_latents=torch.randn(1, 4, 15, generator=draw))
 
 
+def test_tensors_that_are_repeated_or_laid_out_otherwise_are_taken_as_diffusers_takes_them(first: Video) -> None:
+    draw = torch.Generator().manual_seed(1)
+    first.of(latents=torch.randn(1, 1, 4, 5, 7, generator=draw))
+    first.of(audio_latents=torch.randn(1, 5, 6, 3, generator=draw))
+    with torch.no_grad():
+        embeds, mask, negative, negative_mask = first.pipeline.encode_prompt(
+            CALL["prompt"], CALL["negative_prompt"], max_sequence_length=24
+        )
+    masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": negative_mask}
+    layers = {
+        "prompt_embeds": embeds.unflatten(2, (4, -1)),
+        "negative_prompt_embeds": negative.unflatten(2, (4, -1)),
+    }
+    first.of(prompt=None, negative_prompt=None, **layers, **masks)
+
+
 def test_given_embeddings_take_the_place_of_the_prompts(video: Video) -> None:
     with torch.no_grad():
         found = video.pipeline.encode_prompt(CALL["prompt"], CALL["negative_prompt"], max_sequence_length=24)
@@ -266,6 +282,14 @@ def test_the_length_is_predicted_where_none_is_given(tiny_repo: TinyRepo) -> Non
     ):
         made, _ = video.of(num_frames=None, **call)
         assert made.shape[1] == frames
+
+
+def test_a_predicted_length_is_told_once_it_is_known(tiny_repo: TinyRepo) -> None:
+    model = triptych.load(tiny_repo("ltx2", version="2.5"), device="cpu")
+    call = {**CALL, "num_frames": None, "min_seconds": 0.1, "max_seconds": 0.3}
+    state = model.admit(triptych.Request(**call))
+    assert "num_frames" not in state.parameters
+    assert model.run(state).result.parameters["num_frames"] == 7
 
 
 def test_without_a_length_and_what_predicts_it_diffusers_own_is_taken(first: Video) -> None:
@@ -458,6 +482,9 @@ def test_processes_that_hand_over_files_give_the_same(
         ({"num_frames": 1, "frame_rate": 90.0}, ParameterError, "num_frames=1: .*too short for any sound"),
         ({"max_sequence_length": 20}, ParameterError, "max_sequence_length=20: a multiple of 8 .* 16 or 24"),
         ({"frame_rate": 0}, ParameterError, "frame_rate=0: a number of at least 0.01"),
+        ({"frame_rate": 2000.0}, ParameterError, "frame_rate=2000.0: .* at most 1000 is accepted"),
+        ({"frame_rate": "fast"}, ParameterError, "frame_rate='fast': a finite number"),
+        ({"motion_speed": True}, ParameterError, "motion_speed=True: a finite number"),
         ({"motion_speed": -1.0}, ParameterError, "motion_speed=-1.0: a number above 0"),
         ({"modality_scale": "3"}, ParameterError, "modality_scale='3': a finite number is accepted"),
         ({"audio_stg_scale": float("inf")}, ParameterError, "audio_stg_scale=inf: a finite number"),
@@ -465,8 +492,19 @@ def test_processes_that_hand_over_files_give_the_same(
         ({"spatio_temporal_guidance_blocks": []}, UsageError, "no STG blocks are supplied"),
         ({"min_seconds": 3.0, "max_seconds": 2.0}, UsageError, "`min_seconds`"),
         ({"prompt_embeds": torch.zeros(1, 24, 80), "prompt": None}, UsageError, "`prompt_attention_mask`"),
-        ({"latents": torch.zeros(2, 6, 3, 4, 8)}, ParameterError, "latents=.*those of 1 videos are accepted"),
-        ({"audio_latents": torch.zeros(2, 3, 4, 5)}, ParameterError, "audio_latents=.*those of 1 videos"),
+        ({"prompt_embeds": 3, "prompt": None}, ParameterError, "prompt_embeds=3: a tensor"),
+        ({"prompt_embeds": torch.zeros(24, 80), "prompt": None}, ParameterError, r"\(any, any, any\)"),
+        ({"negative_prompt_embeds": "ugly"}, ParameterError, "negative_prompt_embeds='ugly': a tensor"),
+        ({"latents": 3}, ParameterError, "^latents=3: a tensor"),
+        ({"latents": 3, "image": FIRST}, ParameterError, "^latents=3: a tensor"),
+        ({"latents": torch.zeros(6, 3, 4, 8)}, ParameterError, r"latents=.*\(1, 6, any, any, any\)"),
+        ({"latents": torch.zeros(1, 7, 3, 4, 8)}, ParameterError, r"latents=.*\(1, 6, any, any, any\)"),
+        ({"latents": torch.zeros(1, 96, 7)}, ParameterError, r"latents=.*\(1, any, 6\)"),
+        ({"latents": torch.zeros(2, 6, 3, 4, 8)}, ParameterError, r"latents=.*\(1, 6, any, any, any\)"),
+        ({"audio_latents": 3}, ParameterError, "audio_latents=3: a tensor"),
+        ({"audio_latents": torch.zeros(3)}, ParameterError, r"audio_latents=.*\(1, any, any, any\)"),
+        ({"audio_latents": torch.zeros(2, 3, 4, 5)}, ParameterError, r"audio_latents=.*\(1, any, any, any\)"),
+        ({"audio_latents": torch.zeros(2, 4, 15)}, ParameterError, r"audio_latents=.*\(1, any, any\)"),
         ({"image": []}, ParameterError, "one image is accepted, not 0"),
         ({"image": [FIRST, OTHER]}, ParameterError, "one image is accepted, not 2"),
         ({"image": torch.zeros(2, 3, 32, 64), "image_crf": 0}, ParameterError, "one image is accepted, not 2"),

@@ -88,8 +88,10 @@ def test_without_a_prompt_the_layers_are_those_of_diffusers_own_caption(either: 
     caption = either.pipeline.get_image_caption(scaled(picture(30)), device="cpu", use_en_prompt=False)
     assert caption
     assert_same(either.check(**{**GUIDED, "prompt": caption}, image=picture(30)), captioned, "with that caption")
-    request = triptych.Request(**{**GUIDED, "prompt": prompt}, image=picture(30), seed=7)
-    assert either.model.run(request).result.parameters["prompt"] == caption
+    request = triptych.Request(**{**GUIDED, "prompt": prompt}, image=picture(30), seed=7, output_type="pt")
+    result = either.model.run(request).result
+    assert result.parameters["prompt"] == caption
+    assert (result.parameters["height"], result.parameters["width"]) == result.images[0].shape[2:]
 
 
 def scaled(image: Image.Image) -> Image.Image:
@@ -274,8 +276,11 @@ def test_no_role_loads_what_another_one_runs(layered: Parity) -> None:
         ({"image": [picture(30), picture(200)]}, ParameterError, "one picture is taken apart"),
         ({"image": picture(30, 5000, 1)}, ParameterError, "too narrow"),
         ({"layers": 0}, ParameterError, "layers=0: a whole number of at least 1"),
+        ({"layers": True}, ParameterError, "layers=True: a whole number"),
+        ({"layers": "2"}, ParameterError, "layers='2': a whole number"),
         ({"resolution": 512}, ParameterError, "resolution=512: 640 or 1024"),
         ({"cfg_normalize": "yes"}, ParameterError, "cfg_normalize='yes': True or False"),
+        ({"use_en_prompt": 1}, ParameterError, "use_en_prompt=1: True or False"),
         ({"prompt": None, "prompt_embeds": torch.zeros(2, 3, 24)}, ParameterError, "one prompt at a time"),
         ({"max_sequence_length": 1025}, UsageError, "cannot be greater than 1024"),
         ({"height": 640}, UsageError, "no parameter 'height'"),

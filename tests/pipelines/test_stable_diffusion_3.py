@@ -237,6 +237,8 @@ def test_what_has_no_effect_without_guidance_is_remarked_on(
         ({"guidance_scal": 3.0}, UnknownParameterError, "did you mean 'guidance_scale'"),
         ({"ip_adapter_image": None}, UnknownParameterError, "no parameter 'ip_adapter_image'"),
         ({"prompt_3": ["a", "b"]}, ParameterError, "prompt_3=.*a text is accepted"),
+        ({"prompt_3": "\ud800"}, ParameterError, "prompt_3=.*valid Unicode text"),
+        ({"negative_prompt_3": "\ud800"}, ParameterError, "negative_prompt_3=.*valid Unicode text"),
         ({"max_sequence_length": 513}, UsageError, "cannot be greater than 512"),
         ({"prompt": None}, UsageError, "`prompt` or `prompt_embeds`"),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 63, 36)}, UsageError, "`pooled_prompt_embeds` also have"),
@@ -244,6 +246,7 @@ def test_what_has_no_effect_without_guidance_is_remarked_on(
         ({"skip_guidance_layers": [3]}, ParameterError, "skip_guidance_layers=.*layers from 0 to 2 "),
         ({"skip_guidance_layers": 1}, ParameterError, "a list of layers"),
         ({"skip_layer_guidance_stop": "late"}, ParameterError, "skip_layer_guidance_stop='late': a finite number"),
+        ({"skip_layer_guidance_scale": []}, ParameterError, r"skip_layer_guidance_scale=\[\]: a finite number"),
         ({"mu": "much"}, ParameterError, "mu='much': a finite number"),
         (
             {"prompt": None, "prompt_embeds": "x", "negative_prompt_embeds": "z"},

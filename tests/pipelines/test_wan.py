@@ -213,6 +213,13 @@ def test_given_latents_take_the_place_of_the_noise(either: Parity) -> None:
     assert differ(either.check(**GUIDED, latents=noise), either.check(**GUIDED))
 
 
+def test_given_latents_decide_the_size_and_number_of_videos_as_in_diffusers(wan: Parity) -> None:
+    call = {**GUIDED, "num_inference_steps": 2}
+    _, channels, frames, height, width = wan.whole(**call, output_type="latent").shape
+    shape = (2, channels, frames + 1, height + 2, width - 2)
+    assert len(wan.check(**call, latents=torch.randn(shape, generator=torch.Generator().manual_seed(1)))) == 2
+
+
 @torch.no_grad()
 def encoded(parity: Parity) -> tuple[torch.Tensor, torch.Tensor]:
     """The embeddings of the prompt and the negative prompt."""
@@ -347,6 +354,17 @@ def test_a_scheduler_that_steps_in_the_models_dtype_is_followed(either: Parity, 
         ({"prompt": None}, UsageError, "`prompt` or `prompt_embeds`"),
         ({"prompt_embeds": torch.zeros(1, 2, 18)}, UsageError, "Cannot forward both `prompt`"),
         ({"negative_prompt_embeds": torch.zeros(1, 2, 18)}, UsageError, "Cannot forward both `negative_prompt`"),
+        ({"prompt": None, "prompt_embeds": 3}, ParameterError, "prompt_embeds=3: a tensor"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(2, 18)}, ParameterError, r"prompt_embeds=.*\(any, any, any\)"),
+        ({"negative_prompt": None, "negative_prompt_embeds": "ugly"}, ParameterError, "embeds='ugly': a tensor"),
+        ({"latents": 3}, ParameterError, "latents=3: a tensor"),
+        ({"latents": torch.zeros(6, 3, 8, 12)}, ParameterError, r"latents=.*\(any, 6, any, any, any\)"),
+        ({"latents": torch.zeros(1, 7, 3, 8, 12)}, ParameterError, r"latents=.*\(any, 6, any, any, any\)"),
+        (
+            {"latents": torch.zeros(3, 6, 3, 8, 12), "num_videos_per_prompt": 2},
+            ParameterError,
+            r"latents=.*\(2, 6, any, any, any\)",
+        ),
         ({"guidance_scale_2": 2.0}, UsageError, "`guidance_scale_2` is only supported"),
         ({"guidance_scale": "4"}, ParameterError, "guidance_scale='4'"),
         ({"num_frame": 5}, UnknownParameterError, "did you mean 'num_frames'"),

@@ -313,6 +313,12 @@ def test_given_latents_take_the_place_of_the_noise(video: Video) -> None:
     assert differ(video.of(latents=noise), video.base)
 
 
+def test_latents_beside_a_first_frame_of_each_token_are_repeated_as_in_diffusers(tiny_repo: TinyRepo) -> None:
+    video = Video(tiny_repo("wan_i2v", version="2.2-5b"), "2.2-5b")
+    noise = torch.randn(1, 5, 1, 8, 1, generator=torch.Generator().manual_seed(1))
+    assert video.of(latents=noise).shape == video.base.shape
+
+
 def test_given_embeddings_take_the_place_of_the_prompts(video: Video) -> None:
     with torch.no_grad():
         embeds, negative = video.pipeline.encode_prompt(
@@ -439,7 +445,15 @@ def test_a_length_of_text_that_diffusers_misreads_is_followed_with_a_warning(
         ("2.1", {"width": 5}, ParameterError, "width=5: .* multiple of 16 .* 16$"),
         ("2.1", {"num_frames": 4}, ParameterError, "num_frames=4: a multiple of 2, plus 1, .* 3 or 5"),
         ("2.1", {"num_frames": 7}, ParameterError, "num_frames=7: a multiple of 4, plus 1, .* 5 or 9"),
-        ("2.1", {"latents": torch.zeros(2, 6, 3, 8, 12)}, ParameterError, "latents=.*those of 1 videos are accepted"),
+        ("2.1", {"latents": torch.zeros(2, 6, 3, 8, 12)}, ParameterError, r"latents=.*\(1, 6, 3, 8, 12\)"),
+        ("2.1", {"latents": torch.zeros(1, 6, 4, 8, 12)}, ParameterError, r"latents=.*\(1, 6, 3, 8, 12\)"),
+        ("2.1", {"latents": torch.zeros(1, 6, 3, 10, 12)}, ParameterError, r"latents=.*\(1, 6, 3, 8, 12\)"),
+        ("2.1", {"latents": torch.zeros(1, 1, 3, 8, 12)}, ParameterError, r"latents=.*\(1, 6, 3, 8, 12\)"),
+        ("2.1", {"latents": 3}, ParameterError, "latents=3: a tensor"),
+        ("2.2-5b", {"latents": 3}, ParameterError, "latents=3: a tensor"),
+        ("2.2-5b", {"latents": torch.zeros(1, 5, 4, 8, 12)}, ParameterError, r"latents=.*\(1, 5, 3, 8, 12\)"),
+        ("2.2-5b", {"latents": torch.zeros(1, 5, 1, 10, 12)}, ParameterError, r"latents=.*\(1, 5, 1, 8, 12\)"),
+        ("2.1", {"prompt": None, "prompt_embeds": 3}, ParameterError, "prompt_embeds=3: a tensor"),
         ("2.1", {"prompt": None}, UsageError, "`prompt` or `prompt_embeds`"),
         ("2.1", {"guidance_scale_2": 2.0}, UsageError, "`guidance_scale_2` is only supported"),
         ("2.1", {"image_embeds": torch.zeros(1, 5, 20)}, UnknownParameterError, "no parameter 'image_embeds'"),

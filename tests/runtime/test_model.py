@@ -76,7 +76,7 @@ def test_a_hand_over_can_be_run_again_with_the_same_result(roles: dict[str, Mode
 
 def test_only_what_a_later_role_reads_travels(roles: dict[str, Model]) -> None:
     state = roles["encoder"].run(triptych.Request(**ASK))
-    assert "max_sequence_length" not in state.fields
+    assert {"prompt", "max_sequence_length"}.isdisjoint(state.fields)
     assert {"prompt_embeds", "generator", "height"} <= set(state.fields)
     state = roles["denoiser"].run(state)
     assert {"prompt_embeds", "generator", "scheduler", "conditioning"}.isdisjoint(state.fields)
@@ -169,6 +169,13 @@ def test_several_prompts_are_as_many_requests_with_one_seed(klein: Path) -> None
     single = [model.generate(**{**ask, "prompt": prompt, "seed": both.seed}).images for prompt in ask["prompt"]]
     assert torch.equal(both.images, torch.cat(single))
     assert both.parameters["prompt"] == ask["prompt"]
+
+
+def test_the_result_of_several_prompts_tells_what_each_was_made_of(tiny_repo: Callable[..., Path]) -> None:
+    ask = {**ASK, "prompt": ["a red fox", "a red fox"], "negative_prompt": ["blurred", None], "true_cfg_scale": 2.0}
+    told = triptych.load(tiny_repo("flux"), device="cpu").generate(**ask).parameters
+    settled = {"exact": True, "guidance_scale": 3.5}
+    assert told == {name: value for name, value in ask.items() if name != "seed"} | settled | {"seed": 7}
 
 
 def test_a_model_s_own_defaults_must_be_parameters_of_its_family(klein: Path, tmp_path: Path) -> None:

@@ -211,9 +211,6 @@ def check_text(parameters: Mapping[str, Any], helpers: Any) -> None:
     Raises:
         UsageError: something is missing, given twice or of another shape.
     """
-    for name in ("prompt_2", "negative_prompt_2"):
-        if not isinstance(parameters[name], (str, type(None))):
-            raise ParameterError(name, parameters[name], "a text is accepted, the same for every prompt")
     check_tensors(parameters, EMBEDDINGS)
     check_inputs(helpers, parameters)
     patch = helpers.vae_scale_factor * 2

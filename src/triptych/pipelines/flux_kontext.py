@@ -134,15 +134,13 @@ def check_reference(parameters: dict[str, Any], helpers: Any) -> None:
     """
     from PIL.Image import Image
 
-    given, auto_resize = parameters["image"], parameters["_auto_resize"]
+    given = parameters["image"]
     images = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(images) != 1:
         raise ParameterError("image", given, "one reference image is accepted; leave it out to draw from the prompt")
     (image,) = images
     if not isinstance(image, Image):
         raise ParameterError("image", given, f"a PIL image is accepted, not {type(image).__name__}")
-    if not isinstance(auto_resize, bool):
-        raise ParameterError("_auto_resize", auto_resize, "True or False is accepted")
     multiple = helpers.vae_scale_factor * 2
     if min(image.size) < multiple:
         raise ParameterError("image", given, f"too small: at least {multiple} x {multiple} pixels are accepted")

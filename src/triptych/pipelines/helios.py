@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import Need
 from triptych.errors import ModelError, ParameterError
-from triptych.pipelines.base import Family, check_inputs, check_multiple
-from triptych.pipelines.wan import SIZE_MULTIPLE, Decoding, TextEncoding
+from triptych.pipelines.base import Family, check_inputs, check_multiple, check_tensors
+from triptych.pipelines.wan import EMBEDDINGS, SIZE_MULTIPLE, Decoding, TextEncoding
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
@@ -445,16 +445,17 @@ class Helios(Family):
         return (int(parameters["num_latent_frames_per_chunk"]) - 1) * self.frames_per_latent + 1
 
     def admit(self, parameters: dict[str, Any], helpers: Any) -> None:
-        self.check_steps(parameters, helpers)
         patch = helpers.transformer.config.patch_size[1:]
         for name, pixels in zip(("height", "width"), patch):
             multiple = math.lcm(SIZE_MULTIPLE, helpers.vae_scale_factor_spatial * pixels * self.shrinks(parameters))
             check_multiple(parameters, (name,), multiple)
+        check_tensors(parameters, EMBEDDINGS)
         check_inputs(helpers, parameters)
         check_whole("num_latent_frames_per_chunk", parameters["num_latent_frames_per_chunk"], 1)
         parameters["history_sizes"] = check_history_sizes(parameters["history_sizes"])
         check_embeds(parameters)
         check_given(parameters)
+        check_latents(parameters, helpers)
         window = (parameters["num_latent_frames_per_chunk"] - 1) * helpers.vae_scale_factor_temporal + 1
         if parameters["image"] is not None:
             parameters["image"] = single_image(parameters["image"])
@@ -469,16 +470,6 @@ class Helios(Family):
     def shrinks(self, parameters: Mapping[str, Any]) -> int:
         """Return by how much the latents are smaller where denoising begins."""
         return 1
-
-    def check_steps(self, parameters: dict[str, Any], helpers: Any) -> None:
-        """Check the parameters that say the steps.
-
-        Raises:
-            ParameterError: they say none.
-        """
-        sigmas = parameters["sigmas"]
-        if sigmas is not None and not len(sigmas):
-            raise ParameterError("sigmas", sigmas, "at least one noise level is accepted")
 
 
 def repeated(latents: torch.Tensor | None, copies: int) -> torch.Tensor | None:
@@ -547,6 +538,22 @@ def check_given(parameters: Mapping[str, Any]) -> None:
     first = parameters["image"] is not None or "image_latents" in has
     if "video_latents" in has and parameters["add_noise_to_video_latents"] and not first:
         raise ParameterError("image_latents", None, "`video_latents` that are noised go with `image_latents`")
+
+
+def check_latents(parameters: Mapping[str, Any], helpers: Any) -> None:
+    """Check the kind and shape of latents that are given in the place of an image or a video.
+
+    Raises:
+        ParameterError: they are no tensors of floating point numbers, or of another size than the video that is made.
+    """
+    prompts = 1 if parameters["prompt_embeds"] is None else len(parameters["prompt_embeds"])
+    sides = [parameters[name] // helpers.vae_scale_factor_spatial for name in ("height", "width")]
+    for name, frames in {"image_latents": 1, "fake_image_latents": None, "video_latents": None}.items():
+        check_tensors(parameters, {name: (prompts, helpers.transformer.config.in_channels, frames, *sides)})
+    video, least = parameters["video_latents"], parameters["num_latent_frames_per_chunk"]
+    if video is not None and parameters["add_noise_to_video_latents"] and video.shape[2] < least:
+        accepted = f"with noise at least {least} frames (one chunk) are accepted, not {video.shape[2]}"
+        raise ParameterError("video_latents", f"of shape {tuple(video.shape)}", accepted)
 
 
 def single_image(image: Any) -> Any:

@@ -152,12 +152,13 @@ class HeliosPyramid(Helios):
     def shrinks(self, parameters: Mapping[str, Any]) -> int:
         return 1 << (len(parameters["pyramid_num_inference_steps_list"]) - 1)
 
-    def check_steps(self, parameters: dict[str, Any], helpers: Any) -> None:
+    def admit(self, parameters: dict[str, Any], helpers: Any) -> None:
         name = "pyramid_num_inference_steps_list"
         levels, most = check_levels(parameters[name]), helpers.scheduler.config.stages
         if len(levels) > most:
             raise ParameterError(name, levels, f"the model's pyramid has {most} levels; no more are accepted")
         check_whole("zero_steps", parameters["zero_steps"], 0)
+        super().admit(parameters, helpers)
 
 
 def videos(pictures: torch.Tensor, count: int) -> torch.Tensor:

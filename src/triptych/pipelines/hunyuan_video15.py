@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import Need
 from triptych.errors import ModelError, ParameterError
-from triptych.pipelines.base import Family, check_inputs, check_multiple
+from triptych.pipelines.base import Family, check_inputs, check_multiple, check_tensors
 from triptych.pipelines.wan import check_frames
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
@@ -234,11 +234,14 @@ class HunyuanVideo15(Family):
         self.check_size(parameters, helpers)
         check_frames(parameters["num_frames"], helpers.vae_scale_factor_temporal)
         check_embeddings(parameters)
-        latents, videos = parameters["latents"], parameters["num_videos_per_prompt"]
-        if latents is not None and len(latents) != videos:
-            raise ParameterError("latents", tuple(latents.shape), f"those of {videos} videos are accepted")
+        shape = parameters["num_videos_per_prompt"], helpers.num_channels_latents, None
+        check_tensors(parameters, {"latents": (*shape, *self.sides_of_latents(parameters, helpers))})
         if parameters["negative_prompt"] and not is_guided(helpers.guider):
             log.warning("negative_prompt has no effect: this model's guider is switched off, or has a scale of 1")
+
+    def sides_of_latents(self, parameters: Mapping[str, Any], helpers: Any) -> tuple[int | None, int | None]:
+        """Return the height and width of latents that are accepted; None where they decide the video's size."""
+        return None, None
 
     def check_size(self, parameters: dict[str, Any], helpers: Any) -> None:
         """Settle the video's size, and check that the model can make it."""
@@ -265,9 +268,13 @@ def check_embeddings(parameters: Mapping[str, Any]) -> None:
     """Check that embeddings and masks that are given are those of one prompt.
 
     Raises:
-        ParameterError: they are not.
+        ParameterError: they are not, or no tensors.
     """
-    for name in (*TEXT, *NEGATIVE.values()):
+    names = (*TEXT, *NEGATIVE.values())
+    check_tensors(parameters, {name: (None, None, None) for name in names if "mask" not in name})
+    for name in names:
         value = parameters[name]
-        if value is not None and len(value) != 1:
-            raise ParameterError(name, tuple(value.shape), "those of one prompt are accepted; ask for each by itself")
+        shape = tuple(getattr(value, "shape", ()))
+        if value is not None and shape[:1] != (1,):
+            told = shape or value
+            raise ParameterError(name, told, "those of one prompt are accepted; ask for each by itself")

@@ -7,6 +7,7 @@ videos, output k is its single run, with the k-th draw of the same generator for
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import Need
@@ -97,6 +98,10 @@ class HunyuanVideo15ImageToVideo(HunyuanVideo15):
     def check_size(self, parameters: dict[str, Any], helpers: Any) -> None:
         sizes = dict(zip(("height", "width"), size_of(helpers, parameters["image"])))
         check_multiple(sizes, sizes, multiple_of(helpers))
+
+    def sides_of_latents(self, parameters: Mapping[str, Any], helpers: Any) -> tuple[int | None, int | None]:
+        height, width = size_of(helpers, parameters["image"])
+        return height // helpers.vae_scale_factor_spatial, width // helpers.vae_scale_factor_spatial
 
 
 def size_of(helpers: Any, image: Any) -> tuple[int, int]:

@@ -187,6 +187,7 @@ class LongCatImage(Family):
     }
     geometry = {"vae": Need.CONFIG}
     refused = {"joint_attention_kwargs", "prompt_embeds"}
+    optional = {"enable_prompt_rewrite", "enable_cfg_renorm"}  # None switches them off
 
     def compose(self) -> None:
         self.add_stage(PromptRewriting)
@@ -201,12 +202,8 @@ class LongCatImage(Family):
         for name in ("height", "width"):
             parameters[name] = parameters[name] or helpers.default_sample_size * helpers.vae_scale_factor
         check_multiple(parameters, ("height", "width"), helpers.vae_scale_factor * 2)
-        for name in ("enable_prompt_rewrite", "enable_cfg_renorm"):
-            if not isinstance(parameters[name], bool):
-                raise ParameterError(name, parameters[name], "True or False is accepted")
-        least = parameters["cfg_renorm_min"]
-        if isinstance(least, bool) or not isinstance(least, (int, float)) or not 0 <= least <= 1:
-            raise ParameterError("cfg_renorm_min", least, "a number from 0 to 1 is accepted")
+        if not 0 <= parameters["cfg_renorm_min"] <= 1:
+            raise ParameterError("cfg_renorm_min", parameters["cfg_renorm_min"], "a number from 0 to 1 is accepted")
         if parameters["enable_prompt_rewrite"]:
             check_placeholders(parameters, ["prompt"], PLACEHOLDERS)
         check_text(parameters, helpers)

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from triptych.components.need import Need
 from triptych.components.repository import Entry, Repository
 from triptych.errors import ComponentFileError, ParameterError
-from triptych.pipelines.base import Family, check_inputs, check_multiple
+from triptych.pipelines.base import Family, check_inputs, check_multiple, check_tensors
 from triptych.pipelines.wan import check_frames
-from triptych.result import SLOWEST
+from triptych.result import FASTEST, SLOWEST
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
@@ -669,12 +669,10 @@ class LTX2(Family):
             check_blocks(name, parameters[name], helpers.transformer.config.num_layers)
         for name in ("guidance_scale", "stg_scale", "modality_scale", "guidance_rescale"):
             parameters[f"audio_{name}"] = parameters[f"audio_{name}"] or parameters[name]
-            for each in (name, f"audio_{name}"):
-                check_number(each, parameters[each])
         spatial = helpers.vae_spatial_compression_ratio * helpers.transformer_spatial_patch_size
         check_multiple(parameters, ("height", "width"), math.lcm(SIZE_MULTIPLE, spatial))
-        check_number("frame_rate", parameters["frame_rate"], least=SLOWEST)
-        check_number("motion_speed", parameters["motion_speed"], positive=True)
+        check_rates(parameters)
+        self.check_given(parameters, helpers)
         # The oracle checks the shape of given latents only where they take an image's place.
         unchecked = {"audio_latents": None} if with_image else {"audio_latents": None, "latents": None}
         check_inputs(helpers, {**parameters, **unchecked})
@@ -686,7 +684,6 @@ class LTX2(Family):
                 accepted = f"at a frame rate of {parameters['frame_rate']} this is too short for any sound"
                 raise ParameterError("num_frames", parameters["num_frames"], accepted)
         self.check_text(parameters, helpers)
-        self.check_latents(parameters)
         if parameters.get("two_stage") and self.loras is not None:
             from triptych.pipelines import ltx2_two_stage as two_stage
 
@@ -706,18 +703,26 @@ class LTX2(Family):
             accepted = "the oracle takes one row of `prompt_embeds` for each video, and 1 here"
             raise ParameterError("num_videos_per_prompt", parameters["num_videos_per_prompt"], accepted)
 
-    def check_latents(self, parameters: Mapping[str, Any]) -> None:
-        """Check that given latents are those of as many videos as are made.
+    def check_given(self, parameters: Mapping[str, Any], helpers: Any) -> None:
+        """Check the kind and shape of given embeddings and latents, which may be packed or not.
 
         Raises:
-            ParameterError: they are not.
+            ParameterError: they are no tensors of floating point numbers, or not of as many videos as are made.
         """
-        embeds = parameters["prompt_embeds"]
+        embeds, latents, audio = (parameters[name] for name in ("prompt_embeds", "latents", "audio_latents"))
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            # The hidden states are one after another, or have a dimension of their own.
+            check_tensors(parameters, {name: of_rank(parameters[name], (None,) * 3, (None,) * 4)})
         videos = parameters["num_videos_per_prompt"] * (1 if embeds is None else len(embeds))
-        for name in ("latents", "audio_latents"):
-            latents = parameters[name]
-            if latents is not None and len(latents) != videos:
-                raise ParameterError(name, tuple(latents.shape), f"those of {videos} videos are accepted")
+        channels = helpers.vae.config.latent_channels
+        if tuple(getattr(latents, "shape", ()))[1:2] == (1,):
+            channels = 1  # which the oracle repeats when it normalises them
+        unpacked, packed = (videos, channels, None, None, None), (videos, None, helpers.transformer.config.in_channels)
+        shapes = {
+            "latents": of_rank(latents, unpacked, packed),
+            "audio_latents": of_rank(audio, (videos, None, None, None), (videos, None, None)),
+        }
+        check_tensors(parameters, shapes)
 
 
 class LTX2ImageToVideo(LTX2):
@@ -780,15 +785,19 @@ def check_blocks(name: str, blocks: Any, count: int) -> None:
         raise ParameterError(name, blocks, accepted)
 
 
-def check_number(name: str, value: Any, *, positive: bool = False, least: float = -math.inf) -> None:
-    """Check a scale, or a rate or a speed, which is above 0.
+def check_rates(parameters: Mapping[str, Any]) -> None:
+    """Check the rate of the frames, which a file must be able to play, and that of what moves in them.
 
     Raises:
-        ParameterError: it is no such number.
+        ParameterError: one is out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ParameterError(name, value, "a finite number is accepted")
-    if positive and value <= 0:
-        raise ParameterError(name, value, "a number above 0 is accepted")
-    if value < least:
-        raise ParameterError(name, value, f"a number of at least {least:g} is accepted")
+    rate, speed = parameters["frame_rate"], parameters["motion_speed"]
+    if not SLOWEST <= rate <= FASTEST:
+        raise ParameterError("frame_rate", rate, f"a number of at least {SLOWEST:g} and at most {FASTEST} is accepted")
+    if speed <= 0:
+        raise ParameterError("motion_speed", speed, "a number above 0 is accepted")
+
+
+def of_rank(tensor: Any, *shapes: Sequence[int | None]) -> Sequence[int | None]:
+    """Return the shape that has as many dimensions as a tensor, or where none has, the first."""
+    return next((shape for shape in shapes if len(shape) == getattr(tensor, "ndim", 0)), shapes[0])

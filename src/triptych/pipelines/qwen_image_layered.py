@@ -164,13 +164,10 @@ class QwenImageLayered(Family):
 
     def admit(self, parameters: dict[str, Any], helpers: Any) -> None:
         layers, resolution = parameters["layers"], parameters["resolution"]
-        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+        if layers < 1:
             raise ParameterError("layers", layers, "a whole number of at least 1 is accepted")
         if resolution not in RESOLUTIONS:
             raise ParameterError("resolution", resolution, f"{' or '.join(map(str, RESOLUTIONS))} is accepted")
-        for name in ("cfg_normalize", "use_en_prompt"):
-            if not isinstance(parameters[name], bool):
-                raise ParameterError(name, parameters[name], "True or False is accepted")
         images = qwen_image_edit.check_pictures(parameters, helpers, (resolution * resolution,))
         if len(images) > 1:
             raise ParameterError("image", parameters["image"], "one picture is taken apart, so give one")

@@ -209,9 +209,6 @@ class StableDiffusion3(Family):
             parameters[name] = parameters[name] or helpers.default_sample_size * helpers.vae_scale_factor
         check_multiple(parameters, ("height", "width"), helpers.vae_scale_factor * helpers.patch_size)
         check_largest(parameters, helpers)
-        for name in ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3"):
-            if not isinstance(parameters[name], (str, type(None))):
-                raise ParameterError(name, parameters[name], "a text is accepted, the same for every prompt")
         check_tensors(parameters, EMBEDDINGS)
         check_inputs(helpers, parameters)
         sides = [parameters[name] // helpers.vae_scale_factor for name in ("height", "width")]
@@ -240,15 +237,12 @@ def check_layers(parameters: Mapping[str, Any], helpers: Any) -> None:
     """Check the parameters that count layers, and those of skip-layer guidance.
 
     Raises:
-        ParameterError: there is no such layer, or a number is none.
+        ParameterError: there is no such layer.
     """
     layers = min(encoder.config.num_hidden_layers for encoder in (helpers.text_encoder, helpers.text_encoder_2))
     skip = parameters["clip_skip"]
     if skip is not None and skip not in range(layers):
         raise ParameterError("clip_skip", skip, f"a whole number from 0 to {layers - 1} is accepted")
-    for name in ("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop", "mu"):
-        if not isinstance(parameters[name], (int, float)) and (name, parameters[name]) != ("mu", None):
-            raise ParameterError(name, parameters[name], "a number is accepted")
     skipped, blocks = parameters["skip_guidance_layers"], helpers.transformer.config.num_layers
     if skipped is not None and (
         not isinstance(skipped, (list, tuple)) or not all(layer in range(blocks) for layer in skipped)

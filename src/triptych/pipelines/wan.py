@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import Need
 from triptych.errors import ModelError, ParameterError
-from triptych.pipelines.base import Family, check_inputs, check_multiple
+from triptych.pipelines.base import Family, check_inputs, check_multiple, check_tensors
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 SIZE_MULTIPLE = 16
 """The oracle accepts only multiples of this many pixels, whatever the model."""
+
+EMBEDDINGS = dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), (None, None, None))
+"""Dimensions of the embeddings that a request may give."""
 
 
 def has_late_steps(options: Mapping[str, object]) -> bool:
@@ -216,8 +219,23 @@ class Wan(Family):
         for name, pixels in zip(("height", "width"), patch):
             multiple = math.lcm(SIZE_MULTIPLE, helpers.vae_scale_factor_spatial * pixels)
             check_multiple(parameters, (name,), multiple)
+        check_tensors(parameters, EMBEDDINGS)
         check_inputs(helpers, parameters)
         check_frames(parameters["num_frames"], helpers.vae_scale_factor_temporal)
+        check_tensors(parameters, {"latents": self.shape_of_latents(parameters, helpers)})
+
+    def shape_of_latents(self, parameters: Mapping[str, Any], helpers: Any) -> tuple[int | None, ...]:
+        """Return the shape of latents that are accepted; None where they decide themselves."""
+        videos = count_videos(parameters)
+        # As in the oracle, they decide the video's size, and one prompt may be that of several.
+        return (None if videos == 1 else videos, helpers.transformer.config.in_channels, None, None, None)
+
+
+def count_videos(parameters: Mapping[str, Any]) -> int:
+    """Return how many videos a request's prompt or given embeddings make."""
+    embeds = parameters["prompt_embeds"]
+    videos: int = parameters["num_videos_per_prompt"] * (1 if embeds is None else len(embeds))
+    return videos
 
 
 def check_frames(frames: int, multiple: int) -> None:

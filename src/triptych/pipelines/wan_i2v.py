@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import Need
 from triptych.errors import ModelError, ParameterError
-from triptych.pipelines.wan import Decoding, TextEncoding, Wan, WanDenoising, check_frames
+from triptych.pipelines.wan import Decoding, TextEncoding, Wan, WanDenoising, check_frames, count_videos
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Forward
@@ -252,10 +252,6 @@ class WanImageToVideo(Wan):
         check_last_image(parameters["last_image"], transformer, per_token=helpers.config.expand_timesteps)
         super().admit(parameters, helpers)
         self.check_frames_to_encode(parameters, helpers)
-        latents, embeds = parameters["latents"], parameters["prompt_embeds"]
-        videos = parameters["num_videos_per_prompt"] * (1 if embeds is None else len(embeds))
-        if latents is not None and len(latents) != videos:
-            raise ParameterError("latents", tuple(latents.shape), f"those of {videos} videos are accepted")
         tokens = parameters["max_sequence_length"]
         if transformer.added_kv_proj_dim is not None and tokens != TEXT_TOKENS:
             log.warning(
@@ -264,6 +260,16 @@ class WanImageToVideo(Wan):
                 tokens,
                 TEXT_TOKENS,
             )
+
+    def shape_of_latents(self, parameters: Mapping[str, Any], helpers: Any) -> tuple[int | None, ...]:
+        frames = (parameters["num_frames"] - 1) // helpers.vae_scale_factor_temporal + 1
+        sides = (parameters[name] // helpers.vae_scale_factor_spatial for name in ("height", "width"))
+        sizes = (helpers.vae.config.z_dim, frames, *sides)
+        given = tuple(getattr(parameters["latents"], "shape", ()))[1:]
+        if helpers.config.expand_timesteps and len(given) == len(sizes):
+            # They are added to the first frame's, which repeats what there is only one of.
+            sizes = tuple(1 if own == 1 else size for own, size in zip(given, sizes))
+        return (count_videos(parameters), *sizes)
 
     def check_frames_to_encode(self, parameters: Mapping[str, Any], helpers: Any) -> None:
         """Check the number of frames of a video that is encoded whole: the given ones, and black between.

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from triptych.components.switches import is_compiled
 from triptych.runtime import streams
 from triptych.runtime.pace import MOST_ROWS, PATIENCE, Pace
 from triptych.runtime.rows import Call, own, run_joined
@@ -272,8 +273,7 @@ class Meeting:
     def _is_compiled(self, module: torch.nn.Module) -> bool:
         """Return whether a module, or a part of it, would be compiled anew for every number of rows."""
         if id(module) not in self._compiled:
-            parts = module.modules()
-            self._compiled[id(module)] = any(each._compiled_call_impl is not None for each in parts)
+            self._compiled[id(module)] = is_compiled(module)
         return self._compiled[id(module)]
 
     def _pace(self, form: object, sample: Call) -> Pace:

@@ -31,14 +31,12 @@ from triptych.runtime.accelerated import Accelerated
 from triptych.runtime.segment import OnStep, Segment, finish, run_segment
 from triptych.stages.base import Stage, Undeclared
 from triptych.stages.graph import route_of
-from triptych.state import State
+from triptych.state import TOLD, State
 
 log = logging.getLogger(__name__)
 
 ADMISSION = "admission"
 """The name under which checking a request appears in errors."""
-_TOLD = frozenset(("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale", "exact"))
-"""Parameters that a result tells even where they were not given."""
 
 
 class Model:
@@ -119,10 +117,12 @@ class Model:
         self.accelerated.check(fields)
         fields["generator"] = torch.Generator("cpu").manual_seed(fields["seed"])
         route = tuple(role for role, _ in route_of(family.recipe, task))
-        names = [name for name in fields if name in _TOLD or (name in given and name != "lora")]
+        names = [name for name in fields if name in given and name not in {*TOLD, "lora"}]
         told = {name: fields[name] for name in names if is_plain(fields[name])}
         parameters = json.loads(json.dumps(told))  # lists instead of tuples, as they arrive elsewhere
-        return State(family.repository.family, self.fingerprint, task, route, fields=fields, parameters=parameters)
+        state = State(family.repository.family, self.fingerprint, task, route, fields=fields, parameters=parameters)
+        state.tell()
+        return state
 
     def run(self, work: Request | State, *, on_step: OnStep | None = None) -> State:
         """Run a request, or a state that came from another role, as far as this process's roles reach.
@@ -281,7 +281,11 @@ def gather(results: list[Result]) -> Result:
     first = results[0]
     joined = {name: _concatenate([getattr(each, name) for each in results]) for name in ("images", "frames", "audio")}
     seconds = {stage: sum(each.timings[stage] for each in results) for stage in first.timings}
-    told = {**first.parameters, "prompt": [each.parameters.get("prompt") for each in results]}
+    told = {}
+    for name in dict.fromkeys(name for each in results for name in each.parameters):
+        values = [each.parameters.get(name) for each in results]
+        alike = name != "prompt" and all(value == values[0] for value in values)
+        told[name] = values[0] if alike else values
     return replace(first, **joined, timings=seconds, parameters=told)
 
 

@@ -12,7 +12,7 @@ from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.state import OUTPUTS
 
-ALWAYS = OUTPUTS | {"seed", "prompt", "output_type", "lora", "exact"}
+ALWAYS = OUTPUTS | {"seed", "output_type", "lora", "exact"}
 """Fields that stay with a request to its end, whoever reads them."""
 
 Recipe = Sequence[tuple[str, type[Stage]]]
