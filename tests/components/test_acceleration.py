@@ -84,6 +84,9 @@ def test_roles_may_be_named_in_text_and_those_without_anything_are_left_out() ->
         ({"denoisr": Acceleration()}, RoleError, "did you mean 'denoiser'"),
         ({"server": Acceleration()}, ParameterError, "one of the roles encoder, denoiser, decoder is accepted"),
         ({"denoiser": {"compiled": True}}, UnknownParameterError, "did you mean 'compile'"),
+        ("fp8", ParameterError, "acceleration='fp8': an Acceleration or a mapping"),
+        ({"denoiser": "fp8"}, ParameterError, "acceleration={'denoiser': 'fp8'}: an Acceleration or a mapping"),
+        ({"denoiser": 8}, ParameterError, "acceleration={'denoiser': 8}: an Acceleration or a mapping"),
     ],
 )
 def test_it_has_to_be_clear_which_role_and_which_field_is_meant(

@@ -113,6 +113,12 @@ def test_replicas_for_which_there_are_too_few_gpus_are_not_waited_for(engine: Ra
         gpus_of({DENOISER}, {DENOISER: 1.5}, {})
 
 
+def have_gpus(monkeypatch: pytest.MonkeyPatch, machines: list[int]) -> None:
+    """Let Ray tell of a cluster whose machines have so many GPUs each."""
+    nodes = [{"Alive": True, "Resources": {"GPU": float(cards)}} for cards in machines]
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": False, "Resources": {"GPU": 8.0}}, *nodes])
+
+
 @pytest.mark.parametrize(
     ("pools", "gpus", "machines", "problem"),
     [
@@ -121,19 +127,33 @@ def test_replicas_for_which_there_are_too_few_gpus_are_not_waited_for(engine: Ra
         ("encoder=1,denoiser=2,decoder=1", (0.4, 0.6, 0.4), [2], None),
         ("encoder=1,denoiser=3,decoder=1", (0, 0.6, 0), [2], r"reserve 1.8 GPUs .*there are 2, but not for each on one"),
         ("encoder=1,denoiser=1,decoder=1", (0.5, 2, 0.5), [2], r"reserve 3 GPUs .*there are 2: let them share"),
-        ("encoder=1,denoiser=1,decoder=1", (0.4, 2, 0), [1, 1, 1], "a replica needs 2 GPUs on one machine.*has 1"),
+        ("encoder=1,denoiser=1,decoder=1", (0.4, 2, 0), [1, 1, 1], r"reserve 2.4 GPUs .*3, but not for each on one"),
         ("encoder=1,denoiser=2,decoder=1", (0, 2, 0), [3, 1], r"reserve 4 GPUs .*there are 4, but not for each on one"),
     ],
 )  # fmt: skip
 def test_replicas_are_placed_on_cards_and_machines_as_ray_does_it(
     monkeypatch: pytest.MonkeyPatch, pools: str, gpus: tuple[float, ...], machines: list[int], problem: str | None
 ) -> None:
-    nodes = [{"Alive": True, "Resources": {"GPU": float(cards)}} for cards in machines]
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": False, "Resources": {"GPU": 8.0}}, *nodes])
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": float(sum(machines))})
+    have_gpus(monkeypatch, machines)
     asked = dict(zip((RoleType.ENCODER, DENOISER, RoleType.DECODER), gpus))
     with pytest.raises(UsageError, match=problem) if problem else nullcontext():
         check_room(parse_pools(pools), asked, {}, growing=False)
+
+
+def test_a_replica_of_more_gpus_than_any_machine_has_may_wait_for_one_that_joins(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    have_gpus(monkeypatch, [1, 1])
+    check_room(parse_pools("denoiser=1"), {DENOISER: 2}, {}, growing=True)
+    assert "reserve 2 GPUs (denoiser: 2), and there are 2, but not for each on one card or machine" in caplog.text
+    assert "wait until a machine joins" in caplog.text
+
+
+@pytest.mark.parametrize("gpus", [float("nan"), float("inf"), -1.0])
+def test_what_is_no_number_of_gpus_is_refused(monkeypatch: pytest.MonkeyPatch, gpus: float) -> None:
+    have_gpus(monkeypatch, [2])
+    with pytest.raises(ParameterError, match=f"gpus='{gpus:g}': a share of one GPU, or a whole number"):
+        gpus_of({RoleType.ENCODER, DENOISER}, {RoleType.ENCODER: gpus, DENOISER: 0.5}, {})
 
 
 @pytest.mark.slow

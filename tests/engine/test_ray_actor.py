@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,21 @@ def test_a_state_that_comes_straight_is_computed_before_the_router_asks(
     assert State.from_bytes(after.data).next_role == "denoiser"
     assert len(encoder._attempts.all()) == 0
     assert encoder.busy() == 0
+
+
+def test_the_many_threads_that_bring_states_start_no_others_to_compute_with(
+    actors: dict[str, ReplicaActor], request_bytes: np.ndarray
+) -> None:
+    encoder, before = actors["encoder"], torch.get_num_threads()
+    with ThreadPoolExecutor(1) as brings:
+        assert encoder._replica.model is not None  # it has loaded
+        torch.set_num_threads(2)  # what a thread takes over that was given no number
+        try:
+            outcome, _ = brings.submit(encoder.run, order(encoder, "brought"), request_bytes).result(10)
+            assert "error" not in outcome
+            assert brings.submit(torch.get_num_threads).result(10) == 1
+        finally:
+            torch.set_num_threads(before)
 
 
 def test_a_state_that_comes_both_ways_is_computed_once(

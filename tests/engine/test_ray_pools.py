@@ -41,10 +41,10 @@ class Keeper(PoolKeeper):
         self._happened: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         super().__init__(self.router, identity, lambda ticket: Order(ticket.name), lambda *it: self._happened.put(it))
 
-    def serve(self, pools: str) -> None:
+    def serve(self, pools: str, gpus: dict[RoleType, float] | None = None) -> None:
         """Declare pools of a model that is not there."""
         options: dict[str, Any] = {"acceleration": {}, "device": "cpu"}
-        self.declare(parse_pools(pools), {}, source="/nowhere", options=options, threads=1)
+        self.declare(parse_pools(pools), gpus or {}, source="/nowhere", options=options, threads=1)
 
     def look(self) -> None:
         self.pulse()
@@ -158,6 +158,14 @@ def test_the_register_counts_the_work_of_all_routers_that_are_alive(monkeypatch:
     assert known["work"] == {"denoiser": 5.0}
     monkeypatch.setattr("triptych.engine.ray_register.SILENT", -1.0)
     assert register.pulse("a", {}) is None, "it was silent, and has to enter again"
+
+
+def test_replicas_that_reserve_most_gpus_are_started_first(enter: Callable[..., Keeper]) -> None:
+    # Encoders that lie on one GPU each leave room on neither for a denoiser of 0.6.
+    keeper = enter()
+    keeper.serve("encoder=2,denoiser=2,decoder=1", {RoleType.ENCODER: 0.4, RoleType.DENOISER: 0.6})
+    keeper.pulse()
+    assert [each.pool for each in keeper.replicas.values()] == ["denoiser", "denoiser", "encoder", "encoder", "decoder"]
 
 
 @pytest.mark.parametrize("fault", ["failed", "loading"])

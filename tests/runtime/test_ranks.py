@@ -18,6 +18,8 @@ import triptych
 from triptych.components.acceleration import Acceleration
 from triptych.engine.local import LocalEngine
 from triptych.errors import ModelError, ReplicaLost, TriptychError, UsageError
+from triptych.runtime.rank import Rank
+from triptych.runtime.rank_link import PULSE
 from triptych.runtime.ranks import Ranks
 from triptych.stages.denoising import Denoising, Forward
 
@@ -199,6 +201,35 @@ def test_a_rank_that_dies_or_hangs_takes_the_replica_with_it(repository: Path, s
         if signal_ is signal.SIGSTOP:
             os.kill(team.ranks.pids[0], signal.SIGKILL)
         team.ranks.close()
+
+
+def test_a_rank_that_dies_while_its_leader_still_loads_is_missed(repository: Path) -> None:
+    losses: list[str] = []
+    ranks = Ranks(repository, {}, Acceleration(cfg_parallel=True), threads=1, on_lost=losses.append)
+    wait_until(lambda: not ranks._ranks[0].busy, 60)  # it has loaded, and said so
+    os.kill(ranks.pids[0], signal.SIGKILL)
+    wait_until(lambda: ranks._lost is not None, 5)
+    with pytest.raises(ModelError, match=r"ended while it was loading: rank 1 is gone \(exit status -9\)"):
+        ranks.attach(triptych.load(repository, device="cpu"))
+    ranks.close()
+    assert not losses, "there was no replica yet"
+
+
+def test_an_error_may_be_taken_while_the_ranks_are_looked_after(shared: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[float] = []
+
+    class Taken(Rank):
+        """Its error is taken as soon as it was seen."""
+
+        @property  # type: ignore[override]
+        def failed(self) -> float | None:
+            looks.append(time.monotonic())
+            return looks[-1] if len(looks) % 2 else None
+
+    monkeypatch.setattr(shared.ranks._ranks[0], "__class__", Taken)
+    monkeypatch.setattr(shared.ranks, "_computing", True)
+    wait_until(lambda: len(looks) > 3, 6 * PULSE)
+    assert not shared.losses
 
 
 def run_alone(code: str, repository: Path, timeout: float) -> subprocess.CompletedProcess[str]:

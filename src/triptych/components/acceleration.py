@@ -123,12 +123,18 @@ def parse_acceleration(spec: AccelerationSpec, roles: Iterable[RoleType] = WORKE
         if len(only := list(roles)) != 1:
             raise UsageError("acceleration: say for which role, as in {'denoiser': Acceleration(...)}")
         spec = {only[0]: spec}
+    if not isinstance(spec, Mapping):
+        raise ParameterError("acceleration", spec, "an Acceleration or a mapping is accepted, as {'denoiser': {...}}")
     parsed: dict[RoleType, Acceleration] = {}
     for name, each in spec.items():
         role = RoleType(name)
         if role not in WORKERS:
             accepted = ", ".join(worker.value for worker in WORKERS)
             raise ParameterError("acceleration", role.value, f"one of the roles {accepted} is accepted")
+        if not isinstance(each, (Acceleration, Mapping)):
+            raise ParameterError(
+                "acceleration", {role.value: each}, "an Acceleration or a mapping is accepted for a role"
+            )
         if not isinstance(each, Acceleration):
             known = [field.name for field in fields(Acceleration)]
             for key in each:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -28,18 +29,19 @@ def gpus_of(roles: Collection[RoleType], asked: Mapping[RoleType, float], accele
 
     Raises:
         ParameterError: there are more ranks than that, or a number that is no share of one GPU and no number of whole ones.
-        UsageError: no machine of the cluster has so many, and a replica is on one.
+        UsageError: no machine of the cluster has so many, and the ranks of a replica are on one.
     """
     ranks, most = ranks_of(roles, accelerations), max(gpus_of_machines(), default=0)
-    wanted = max((asked[role] for role in roles if role in asked), default=float(ranks if most else 0))
-    if wanted > 1 and wanted != int(wanted):
-        raise ParameterError("gpus", f"{wanted:g}", "a share of one GPU, or a whole number of them, is accepted")
+    given = [asked[role] for role in roles if role in asked]
+    for each in given:
+        if not 0 <= each < math.inf or 1 < each != int(each):
+            raise ParameterError("gpus", f"{each:g}", "a share of one GPU, or a whole number of them, is accepted")
+    wanted = max(given, default=float(ranks if most else 0))
     if 0 < wanted < ranks > 1:
         raise ParameterError("gpus", f"{wanted:g}", f"{ranks} ranks need one each: {ranks} are accepted, or 0 for none")
-    if wanted > 1 and most < wanted:
-        of_ranks = f" of {ranks} ranks" if ranks > 1 else ""
+    if ranks > 1 and most < wanted:
         raise UsageError(
-            f"a replica{of_ranks} needs {wanted:g} GPUs on one machine, and the cluster's largest has {most}"
+            f"a replica of {ranks} ranks needs {wanted:g} GPUs on one machine, and the cluster's largest has {most}"
         )
     return wanted
 
@@ -94,7 +96,11 @@ def check_room(
 
 
 def _fit(replicas: Iterable[float], machines: Iterable[int]) -> bool:
-    """Return whether replicas find their GPUs: a share on one card, several cards on one machine; the largest first."""
+    """Return whether replicas find their GPUs: a share on one card, several cards on one machine.
+
+    The largest first, as they are started. Ray gives a share the fullest card with room for it, this the first one: that is
+    all the same for the three sizes that there may be, one a role.
+    """
     left = [[_CARD] * cards for cards in sorted(machines)]
     for units in sorted((round(gpus * _CARD) for gpus in replicas if gpus), reverse=True):
         many, share = (units // _CARD, _CARD) if units > _CARD else (1, units)

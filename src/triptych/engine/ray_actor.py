@@ -137,7 +137,7 @@ class ReplicaActor:
         if ranks is not None:
             ranks.attach(model)
             budget = 0 if ranks.apart else budget
-        shares = None if threads is None else {role: threads for role in model.roles}
+        shares = {role: torch.get_num_threads() for role in model.roles}  # this thread's: see `_answer`
         given = {RoleType(role): count for role, count in (slots or {}).items()}
         return LanesReplica(name, model, threads=shares, budget=budget, prompt_cache=prompt_cache, slots=given)
 
@@ -197,7 +197,9 @@ class ReplicaActor:
         """Run a segment that was begun, and send the state after it where it is waited for."""
         from triptych.engine.attempt import failure
         from triptych.engine.inbox import LARGEST, send
+        from triptych.runtime.streams import use_threads
 
+        use_threads(1)  # Ray has hundreds of these threads, and each keeps those that it once copied a large state with
         arrived = time.monotonic()
         after: npt.NDArray[np.uint8] | Placed | None
         try:

@@ -120,8 +120,13 @@ def start_replica(
         from triptych.engine import direct  # it imports PyTorch, and this module is to be there before that
 
         limits |= {"enable_tensor_transport": True, "runtime_env": {"env_vars": direct.ENVIRONMENT}}
+    where: Any = "DEFAULT"
+    if not gpus:
+        where = "SPREAD"  # else Ray would put all on one machine
+        # A byte, so that machines take turns: where nothing is reserved, a random one chooses by a count of its own, and
+        # two replicas often lie on one. Else all are placed by the machine of whoever starts them.
+        limits["memory"] = 1
     actor = remote(num_cpus=0, num_gpus=gpus, **limits)(ReplicaActor)
-    where: Any = "DEFAULT" if gpus else "SPREAD"  # where nothing is reserved, Ray would put all on one machine
     if here:
         where = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return actor.options(

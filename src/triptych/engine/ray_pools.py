@@ -177,8 +177,11 @@ class PoolKeeper:
         replica.close()
 
     def _fill(self) -> None:
-        """Start the replicas that a pool lacks, and drain those it has too many."""
-        for name, pool in self.pools.items():
+        """Start the replicas that a pool lacks, and drain those it has too many.
+
+        Those that reserve most GPUs come first: shares that lie on every card would leave none free for a larger one.
+        """
+        for name, pool in sorted(self.pools.items(), key=lambda each: each[1]["arguments"]["gpus"], reverse=True):
             mine = self._of(name)
             for _ in range(pool["target"] - len(mine)):
                 replica = f"{name}-{secrets.token_hex(3)}"

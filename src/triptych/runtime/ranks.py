@@ -159,9 +159,11 @@ class Ranks:
                 rank.answer(Kind.READY)
             if self.apart:
                 self._meet(model)
+            self._attached = True  # from here on a loss ends the process
+            if self._lost is not None:  # since that rank had loaded, so that its answer was there
+                raise ReplicaLost(self._lost)
         except ReplicaLost as error:
             raise ModelError(f"a rank of the denoiser ended while it was loading: {error}") from error
-        self._attached = True
         for stage in model.stages:
             if isinstance(stage, Denoising):
                 stage.spread = self
@@ -292,9 +294,10 @@ class Ranks:
                 # An error that all of a team have met may wait for the other team's forward.
                 running = any(rank.busy for rank in team) or (number == 0 and self._computing)
                 for rank in team:
+                    failed = rank.failed  # once: who takes the error forgets it meanwhile
                     if now - rank.heard > SILENCE:
                         self._lose(f"rank {rank.number} gave no sign of life for {SILENCE:.0f} s")
-                    elif running and rank.failed is not None and now - rank.failed > PATIENCE:
+                    elif running and failed is not None and now - failed > PATIENCE:
                         self._lose(f"rank {rank.number} failed in a forward that the others did not end")
 
     def _lose(self, reason: str) -> None:
