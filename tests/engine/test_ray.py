@@ -371,6 +371,16 @@ def test_a_replica_of_another_dtype_is_refused_with_the_difference(engine: RayEn
         join(repository, "denoiser", ray.get_runtime_context().gcs_address, dtype="bfloat16", threads=1)
 
 
+def test_a_replica_that_joins_is_refused_where_its_machine_has_too_few_gpus(
+    engine: RayEngine, repository: Path
+) -> None:
+    from triptych.engine.ray_join import join
+
+    address = ray.get_runtime_context().gcs_address
+    with pytest.raises(UsageError, match="is to reserve 64 GPUs, and Ray knows of"):
+        join(repository, "denoiser", address, gpus=64, threads=1)
+
+
 def test_ray_without_authentication_is_refused(repository: Path) -> None:
     code = f"from triptych.engine.ray import RayEngine; RayEngine({str(repository)!r})"
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(Path(triptych.__file__).parents[1])}

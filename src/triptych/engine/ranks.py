@@ -54,6 +54,21 @@ def gpus_of_machines() -> list[int]:
     return [int(node["Resources"].get("GPU", 0)) for node in nodes if node["Alive"]]
 
 
+def check_machine(gpus: float) -> None:
+    """Check that this machine has so many GPUs, for a replica that is to be here.
+
+    Raises:
+        UsageError: it has fewer; Ray would let the replica wait for good.
+    """
+    import ray
+
+    mine = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    there = next((node["Resources"].get("GPU", 0) for node in nodes if node["NodeID"] == mine), 0)
+    if gpus > there:
+        raise UsageError(f"the replica is to reserve {gpus:g} GPUs, and Ray knows of {there:g} on this machine")
+
+
 def placed(
     roles: Collection[RoleType], asked: Mapping[RoleType, float], options: Mapping[str, Any]
 ) -> tuple[float, dict[str, Any]]:

@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from triptych.components.acceleration import parse_acceleration
 from triptych.engine.local import PROMPT_CACHE
-from triptych.engine.ranks import placed
+from triptych.engine.ranks import check_machine, placed
 from triptych.engine.ray_cluster import connect, start_replica
 from triptych.engine.ray_register import find_register
 from triptych.engine.ray_replica import SILENCE_LOADING
@@ -58,7 +58,7 @@ def join(
         on_ready: told what the replica says of itself once routers may use it.
 
     Raises:
-        UsageError: there is no cluster or no service at that address.
+        UsageError: there is no cluster or no service at that address, or this machine has too few GPUs.
         ReplicaRefusedError: the service runs another version or another model; the message says which.
         ModelError: the replica could not load, or hangs while it does.
     """
@@ -69,6 +69,7 @@ def join(
     role = RoleType(role)
     name = f"{role.value}-{secrets.token_hex(3)}"
     reserved, options = placed({role}, {} if gpus is None else {role: gpus}, options)
+    check_machine(reserved)
     actor = start_replica(
         name,
         str(source),
