@@ -1,4 +1,4 @@
-"""The engine in this process: every lane a thread, each role on a device of its own choosing."""
+"""The engine in this process: a lane for every role, each role on a device of its own choosing."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Work:
 
     Attributes:
         state: changed in place; whoever gives it away keeps a copy, or the bytes it came from.
-        done: told once, in the lane's thread, of the state after the segment, or of what went wrong.
+        done: told once, in the thread that drives the lane, of the state after the segment, or of what went wrong.
         on_step: told of every denoising step.
         deadline: when it must have ended, on `time.monotonic`'s clock.
         previews: the pictures on the way that somebody wants to see.
@@ -145,9 +145,7 @@ class Lane:
         """Run a segment, or those that may go with it; or make a trial call where there is none."""
         try:
             self._work()
-        except (
-            Exception
-        ) as error:  # by a defect of ours; a lane that ended by it would leave everybody waiting for good
+        except Exception as error:  # by a defect of ours; whoever drives the lane is to drive on
             log.exception("%s: an error outside any request", self.name)
             self._recover(error)
 
