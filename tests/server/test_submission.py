@@ -39,7 +39,7 @@ def check(tiny_repo: Callable[..., Path], model: Model, limits: Limits | None = 
         (LAYERED, {"layers": 1_000_000}, "layers", "layers=1000000, num_images_per_prompt=1, each of some 1048576"),
         (HUNYUAN, {"num_frames": 144_001}, "num_frames", "num_frames=144001, num_videos_per_prompt=1, each of some"),
         (LTX, {"min_seconds": 1e5, "max_seconds": 2e7}, "max_seconds", "width=64, height=64, num_videos_per_prompt=1"),
-        (LTX, {"frame_rate": 1e9}, "frame_rate", "max_seconds=20.0, frame_rate=1000000000.0"),
+        (LTX, {"frame_rate": 1e3, "max_seconds": 900.0}, "frame_rate", "max_seconds=900.0, frame_rate=1000.0"),
     ],
     ids=["layers", "frames-of-a-picture", "seconds", "rate"],
 )
