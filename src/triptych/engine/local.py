@@ -90,14 +90,14 @@ class LanesReplica(Replica):
                 self.lanes[role] = kind(model, where, exclusive=lock, rows=rows, **common)
 
     def start(self, ticket: Ticket, payload: State) -> None:
-        state, model = payload.copy(), self.model
+        state = payload.copy()
 
         def done(outcome: State | Exception) -> None:
             work = self._works.pop(ticket)
             self._make_room(ticket.role)
             if isinstance(outcome, State):
                 ticket.done(ticket, Handover(outcome.next_role, outcome, work.seconds))
-            elif self._on_broken is not None and streams.is_broken(outcome, model.device):
+            elif self._on_broken is not None and streams.is_broken(outcome, self.model.device):
                 self._on_broken(self, outcome)  # before its place is free, which somebody else would be given
                 ticket.done(ticket, ReplicaLost(f"its device has failed: {outcome}"))
             else:

@@ -108,7 +108,7 @@ class Accelerated:
             for field, loras in settled.items():
                 for lora in loras:
                     if role in map(get_module_role, lora["components"]):
-                        raise ParameterError(field, lora["file"] or lora["source"], problem)
+                        raise ParameterError(field, lora["file"], problem)
 
     def _components(
         self, needs: Mapping[str, Need], roles: Collection[RoleType], family: Family
