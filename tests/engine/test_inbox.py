@@ -2,6 +2,7 @@
 
 import os
 import queue
+import resource
 import socket
 import subprocess
 import sys
@@ -150,6 +151,45 @@ def test_a_process_that_hangs_holds_its_sender_up_for_moments_only(monkeypatch: 
         began = time.monotonic()
         assert not send(Order("a ticket", inbox=address), memoryview(b"state"))
         assert time.monotonic() - began < 2
+
+
+def test_a_sender_that_says_nothing_holds_nobody_up(receiver: Receiver) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+        silent.connect(receiver.inbox.address or "")
+        began = time.monotonic()
+        assert send(receiver.order(), memoryview(b"state"))
+        assert time.monotonic() - began < inbox.PATIENCE / 2
+
+
+def test_what_goes_wrong_with_one_state_does_not_make_it_deaf(receiver: Receiver) -> None:
+    def fail(order: Order, data: memoryview) -> Callable[[], None]:
+        if bytes(data) == b"evil":
+            raise RuntimeError("a defect")
+        return lambda: receiver.taken.put((order, bytes(data), 0))
+
+    taking = Inbox(fail)
+    order = Order("a ticket", inbox=taking.address)
+    assert not send(order, memoryview(b"evil"))
+    assert send(order, memoryview(b"state"))
+    assert receiver.taken.get(timeout=5)[1] == b"state"
+    taking.close()
+
+
+def test_it_is_not_deaf_for_ever_where_the_system_has_no_descriptor_left(receiver: Receiver) -> None:
+    held = resource.getrlimit(resource.RLIMIT_NOFILE)
+    kind = socket.AF_UNIX, socket.SOCK_SEQPACKET
+    with socket.socket(*kind) as first, socket.socket(*kind) as second:  # one descriptor is reserved before it waits
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, held[1]))
+        try:
+            for sender in (first, second):
+                sender.settimeout(5)
+                sender.connect(receiver.inbox.address or "")
+                sender.send(b"none")
+            time.sleep(3 * inbox._REST)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, held)
+        assert second.recv(1) == b"", "it is heard after all"
+    assert send(receiver.order(), memoryview(b"state"))
 
 
 @pytest.mark.parametrize("message", [b"", b"x", b"\xff" * 8, b"\x04\0\0\0\0\0\0\0null", b"\x02\0\0\0\0\0\0\0{}",

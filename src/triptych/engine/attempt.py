@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -82,24 +82,24 @@ class Attempt:
             if self._work is not None:
                 self._work.cancel()
 
-    def compute(self, state: State, order: Order, lane: Lane) -> tuple[State, float]:
-        """Run the state's next segment; returns the state after it, and the seconds it took.
+    def compute(
+        self, state: State, order: Order, lane: Lane, ended: Callable[[State | Exception, float], None]
+    ) -> None:
+        """Have the state's next segment run; returns at once.
+
+        Args:
+            ended: told once, in the lane's thread, of the state after it or of what it failed with, and of its seconds.
 
         Raises:
-            Exception: what the segment failed with; `Cancelled` where it was taken back.
+            Cancelled: it was taken back.
         """
         import torch
 
         from triptych.runtime.lanes import Work
         from triptych.runtime.preview import Previews, Projection
 
-        ended: Future[State] = Future()
-
         def done(outcome: State | Exception) -> None:
-            if isinstance(outcome, Exception):
-                ended.set_exception(outcome)
-            else:
-                ended.set_result(outcome)
+            ended(outcome, work.seconds)
 
         def report(stage: str, step: int, steps: int) -> None:
             self.progress = stage, step, steps
@@ -114,7 +114,6 @@ class Attempt:
                 raise _taken_back()
             self._work = work = Work(state, done, report, deadline, wanted)
         lane.put(work)
-        return ended.result(), work.seconds
 
 
 class Attempts:

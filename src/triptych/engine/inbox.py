@@ -6,15 +6,18 @@ on: the kernel frees it with the last process that holds it, so nothing of a kil
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
 import mmap
 import os
 import secrets
+import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,6 +33,10 @@ _ROOM = 2 * SMALL
 """Bytes of a whole message; Linux takes some more."""
 PATIENCE = 2.0
 """Seconds that either side waits for the other."""
+_PROMPT = 20
+"""Milliseconds in which a sender's message is mostly there; one that takes longer gets a thread, so that others go on."""
+_REST = 0.1
+"""Seconds until the next try where the system has nothing left to take a message with."""
 _TAKEN, _REFUSED = b"\1", b"\0"
 _HEAD = struct.Struct("<q")  # the bytes of the order that follows; it ends with spaces, so that the state is aligned
 _CREDENTIALS = struct.Struct("3i")  # of the other end: process, user, group
@@ -55,11 +62,14 @@ class Order:
 
 
 Receive: TypeAlias = Callable[[Order, memoryview], Callable[[], None] | None]
-"""Takes a ticket's state; returns what is to be done when the sender knows that, or None to refuse it."""
+"""Takes a ticket's state; returns what is to be done when the sender knows that, or None to refuse it.
+
+Both are to be quick: others that send wait meanwhile.
+"""
 
 
 class Inbox:
-    """Receives states for tickets of this process, each in a thread of its own.
+    """Receives states for tickets of this process, one after another in a thread of its own.
 
     The socket is one of Linux's that have a name but no file, so that nothing of a killed process is left. It hears
     this user's processes only.
@@ -92,9 +102,19 @@ class Inbox:
         while True:
             try:
                 sender, _ = self._socket.accept()
-            except OSError:  # closed
-                return
-            threading.Thread(target=self._hear, args=(sender,), name="inbox sender", daemon=True).start()
+                message = select.poll()
+                message.register(sender, select.POLLIN)
+                if message.poll(_PROMPT):
+                    self._hear(sender)
+                else:
+                    threading.Thread(target=self._hear, args=(sender,), name="inbox sender", daemon=True).start()
+            except OSError as error:
+                if error.errno in (errno.EBADF, errno.EINVAL):  # closed
+                    return
+                log.warning("nothing can be taken at the moment: %s", error)
+                time.sleep(_REST)
+            except Exception:  # whoever sent goes through Ray, and others are still to be heard
+                log.exception("a state could not be taken")
 
     def _hear(self, sender: socket.socket) -> None:
         """Take the state that a process sends."""
@@ -129,25 +149,54 @@ def send(order: Order, data: memoryview, *, wait: bool = True) -> bool:
 
     Returns whether it took it; False at once where it has no inbox, or the state is too large for one.
     """
-    if order.inbox is None or len(data) > LARGEST:
+    receiver = begin_sending(order, data, 2 * PATIENCE if wait else 0)
+    if receiver is None:
         return False
+    if wait:
+        return is_taken(receiver)
+    receiver.close()
+    return False
+
+
+def begin_sending(order: Order, data: memoryview, patience: float) -> socket.socket | None:
+    """Give another process the state of a ticket, and do not wait for its answer.
+
+    Args:
+        patience: seconds to wait until there is room for the message.
+
+    Returns where its answer comes, for `is_taken`; None where the state could not be sent.
+    """
+    if order.inbox is None or len(data) > LARGEST:
+        return None
     inside = len(data) <= SMALL
     head = json.dumps(asdict(order), separators=(",", ":")).encode("ascii")
     head += b" " * (-len(head) % 8)
     if len(head) > SMALL:
-        return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as receiver:
-        receiver.settimeout(2 * PATIENCE if wait else 0)
+        return None
+    receiver = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    receiver.settimeout(patience)
+    try:
+        receiver.connect(order.inbox)
+        if inside:
+            receiver.sendmsg((_HEAD.pack(len(head)), head, data))
+        else:
+            with _closing([memory := _stored(data)]):
+                socket.send_fds(receiver, (_HEAD.pack(len(head)), head), [memory])
+    except OSError as error:
+        receiver.close()
+        log.info("a state could not be sent directly (%s): it goes through Ray", error)
+        return None
+    return receiver
+
+
+def is_taken(receiver: socket.socket) -> bool:
+    """Wait for the answer to what `begin_sending` has sent; returns whether the state was taken."""
+    with receiver:
+        receiver.settimeout(2 * PATIENCE)
         try:
-            receiver.connect(order.inbox)
-            if inside:
-                receiver.sendmsg((_HEAD.pack(len(head)), head, data))
-            else:
-                with _closing([memory := _stored(data)]):
-                    socket.send_fds(receiver, (_HEAD.pack(len(head)), head), [memory])
-            return wait and receiver.recv(1) == _TAKEN
+            return receiver.recv(1) == _TAKEN
         except OSError as error:
-            log.info("a state could not be sent directly (%s): it goes through Ray", error)
+            log.info("a state that was sent directly may not have come (%s): it goes through Ray", error)
             return False
 
 

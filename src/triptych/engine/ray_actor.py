@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 LOOK = 1.5
 """Seconds that a sign of life may wait for the end of loading, so that it tells of that at once."""
+COURIERS = 64
+"""Threads that may send states, and wait until they were taken, at a time."""
 
 
 class ReplicaActor:
@@ -72,6 +74,7 @@ class ReplicaActor:
         self._faults = faults or {}
         self._hops = {"count": 0, "bytes": 0, "seconds": 0.0}
         self._attempts = Attempts()
+        self._couriers = ThreadPoolExecutor(COURIERS, "courier", initializer=_copy_alone)
         self._inbox = Inbox(self._receive)
         self._identity: dict[str, str] = {}
         self._loaded: Future[LanesReplica] = Future()
@@ -137,7 +140,7 @@ class ReplicaActor:
         if ranks is not None:
             ranks.attach(model)
             budget = 0 if ranks.apart else budget
-        shares = {role: torch.get_num_threads() for role in model.roles}  # this thread's: see `_answer`
+        shares = {role: torch.get_num_threads() for role in model.roles}  # this thread's: see `_copy_alone`
         given = {RoleType(role): count for role, count in (slots or {}).items()}
         return LanesReplica(name, model, threads=shares, budget=budget, prompt_cache=prompt_cache, slots=given)
 
@@ -176,7 +179,7 @@ class ReplicaActor:
         attempt.asked = True
         try:
             if data is not None and attempt.begin():
-                self._answer(attempt, order, data)
+                self._begin(attempt, order, data)
             return attempt.wait()
         finally:
             self._attempts.close(order.ticket)
@@ -186,43 +189,82 @@ class ReplicaActor:
         """Give a ticket that waits for its state what could not come straight from another process."""
         attempt = self._attempts.open(order.ticket)
         if attempt.begin():
-            self._answer(attempt, order, data)
+            self._begin(attempt, order, data)
 
     def _receive(self, order: Order, data: memoryview) -> Callable[[], None] | None:
         """Take a state that comes straight from another process."""
         attempt = self._attempts.open(order.ticket)
-        return partial(self._answer, attempt, order, data) if attempt.begin() else None
+        return partial(self._begin, attempt, order, data) if attempt.begin() else None
 
-    def _answer(self, attempt: Attempt, order: Order, data: memoryview | npt.NDArray[np.uint8] | Placed) -> None:
-        """Run a segment that was begun, and send the state after it where it is waited for."""
-        from triptych.engine.attempt import failure
-        from triptych.engine.inbox import LARGEST, send
-        from triptych.runtime.streams import use_threads
-
-        use_threads(1)  # Ray has hundreds of these threads, and each keeps those that it once copied a large state with
+    def _begin(self, attempt: Attempt, order: Order, data: memoryview | npt.NDArray[np.uint8] | Placed) -> None:
+        """Begin the segment of a state that has come."""
         arrived = time.monotonic()
-        after: npt.NDArray[np.uint8] | Placed | None
+        _copy_alone()
         try:
             state = self._read(data)
             self._replica.model.check_turn(state)
             assert state.next_role is not None
-            finished, seconds = attempt.compute(state, order, self._replica.lanes[state.next_role])
-            handed, after = False, None
-            if self._nixl and finished.next_role is not None and (order.then is None or finished.nbytes > LARGEST):
-                after = self._placed(finished)
+            lane = self._replica.lanes[state.next_role]
+            attempt.compute(state, order, lane, partial(self._ended, attempt, order, arrived))
+        except Exception as error:  # noqa: BLE001 (told to the router, which knows whose fault it is)
+            self._couriers.submit(self._fail, attempt, error)
+
+    def _ended(
+        self, attempt: Attempt, order: Order, arrived: float, outcome: State | Exception, seconds: float
+    ) -> None:
+        """Hand on what a segment has left, in the thread that drives its lane; what would keep that, a courier does."""
+        from triptych.engine.inbox import PATIENCE, SMALL
+
+        if isinstance(outcome, Exception):
+            self._couriers.submit(self._fail, attempt, outcome)
+        elif outcome.nbytes <= SMALL and self._replica.model.device.type == "cpu":
+            self._hand_on(attempt, order, arrived, outcome, seconds, 0)
+        else:
+            self._couriers.submit(self._hand_on, attempt, order, arrived, outcome, seconds, 2 * PATIENCE)
+
+    def _hand_on(
+        self, attempt: Attempt, order: Order, arrived: float, state: State, seconds: float, patience: float
+    ) -> None:
+        """Send the state after a segment where it is waited for."""
+        from triptych.engine.inbox import LARGEST, begin_sending
+
+        after: npt.NDArray[np.uint8] | Placed | None = None
+        receiver = None
+        try:
+            if self._nixl and state.next_role is not None and (order.then is None or state.nbytes > LARGEST):
+                after = self._placed(state)
             if after is None:
-                after = self._written(finished)
+                after = self._written(state)
                 if order.then is not None:
                     left = None if order.seconds_left is None else order.seconds_left - (time.monotonic() - arrived)
-                    handed = send(replace(order.then, seconds_left=left), after.data)
-            turns = [role.value for role in finished.route[finished.position :]]
-            outcome: dict[str, Any] = {"turns": turns, "seconds": seconds, "handed": handed}
+                    receiver = begin_sending(replace(order.then, seconds_left=left), after.data, patience)
         except Exception as error:  # noqa: BLE001 (told to the router, which knows whose fault it is)
-            self._end_if_broken(error)
-            outcome, after = failure(error)
+            self._couriers.submit(self._fail, attempt, error)
+            return
+        outcome = {"turns": [role.value for role in state.route[state.position :]], "seconds": seconds}
+        self._couriers.submit(self._answer, attempt, outcome, after, receiver)
+
+    def _answer(
+        self,
+        attempt: Attempt,
+        outcome: dict[str, Any],
+        after: npt.NDArray[np.uint8] | Placed,
+        receiver: socket.socket | None = None,
+    ) -> None:
+        """Tell the router what became of a segment, and whether the next one has its state already."""
+        from triptych.engine.inbox import is_taken
+
+        outcome["handed"] = receiver is not None and is_taken(receiver)
         if attempt.previews:
             outcome["previews"] = attempt.previews
         attempt.answer.set_result((outcome, after))
+
+    def _fail(self, attempt: Attempt, error: Exception) -> None:
+        """Tell the router of an error."""
+        from triptych.engine.attempt import failure
+
+        self._end_if_broken(error)
+        self._answer(attempt, *failure(error))
 
     def _end_if_broken(self, error: Exception) -> None:
         """End this process where its device has failed it: nothing works there any more, and Ray starts another one.
@@ -310,6 +352,13 @@ class ReplicaActor:
         """Return the matrix that previews are made with, if its decoder can tell within `timeout` seconds."""
         found = self._replica.projection(timeout)
         return None if found is None else found.weight.numpy()
+
+
+def _copy_alone() -> None:
+    """Let this thread copy with one CPU thread: there are hundreds, and each would keep those that it once copied with."""
+    from triptych.runtime.streams import use_threads
+
+    use_threads(1)
 
 
 def difference(mine: dict[str, str], expected: dict[str, str]) -> str:
