@@ -15,9 +15,10 @@ weights: where in memory a copy comes to lie makes some percent of the differenc
 copy; so what a request takes beyond its stages' own seconds is given too.
 
 Pipelining: 16 clients that each ask again as soon as they have their picture, requests kept apart. Against the bound
-min(1 / busiest role's seconds, cores / sum of all roles' seconds), of seconds measured one request at a time in the same
-run. Limits: 0.95 of it in `LocalEngine`, 0.90 over Ray. The bound takes cores for independent, which two that share caches
-and memory are not; so the same is measured of as many whole models as there are cores, each in a process of its own.
+min(1 / busiest role's seconds, cores / sum of all roles' seconds), of seconds measured one request at a time just before
+and just after, since a machine that others use too changes its speed within a minute. The median of the rounds counts.
+Limits: 0.95 of the bound in `LocalEngine`, 0.90 over Ray. The bound takes cores for independent, which two that share
+caches and memory are not; so the same is measured of as many whole models as there are cores, each in a process of its own.
 
 One thread in every process and lane, the whole included. Writes bench/results/split.json; exits 1 where a limit is not
 met.
@@ -47,7 +48,7 @@ from triptych.engine.base import Engine
 from triptych.engine.local import LocalEngine
 from triptych.engine.ray import RayEngine
 from triptych.request import Request
-from triptych.roles import WORKERS
+from triptych.roles import WORKERS, RoleType
 
 RESULTS = Path(__file__).parent / "results" / "split.json"
 CLIENTS = 16
@@ -60,7 +61,7 @@ def main() -> int:
     parser.add_argument("--param", action="append", default=[], help="name=json, of every request")
     parser.add_argument("--repeats", type=int, default=30, help="requests of the serial part, each way")
     parser.add_argument("--requests", type=int, default=64, help="requests of the pipelined part")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the pipelined part; the best counts")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the pipelined part")
     parser.add_argument("--output", type=Path, default=RESULTS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -68,6 +69,30 @@ def main() -> int:
     parameters |= {name: json.loads(value) for name, _, value in (each.partition("=") for each in asked.param)}
     cores = len(os.sched_getaffinity(0))
     threads = dict.fromkeys(WORKERS, 1)
+    roles = {role: triptych.load(asked.model, role=role, device="cpu", dtype="float32") for role in WORKERS}
+
+    def measure_pipelined(**engines: Engine) -> dict[str, list[dict[str, Any]]]:
+        """Return what each engine reached in each round, and what it was to reach."""
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
+        before = role_seconds(roles, parameters)
+        for _ in range(asked.rounds):
+            for name, engine in engines.items():
+                rate = throughput(engine, parameters, asked.requests)
+                after = role_seconds(roles, parameters)
+                seconds = {role: (before[role] + after[role]) / 2 for role in after}
+                bound = min(1 / max(seconds.values()), cores / sum(seconds.values()))
+                rounds[name].append(
+                    {
+                        "role seconds": seconds,
+                        "bound, requests/s": bound,
+                        "requests/s": rate,
+                        "share of the bound": rate / bound,
+                        "over one at a time": rate * sum(seconds.values()),
+                    }
+                )
+                before = after
+        return rounds
+
     with (
         LocalEngine(asked.model, dtype="float32", encoder="cpu", denoiser="cpu", decoder="cpu", threads=threads,
                     batching=False, prompt_cache=0) as local,
@@ -75,15 +100,13 @@ def main() -> int:
     ):  # fmt: skip
         (replica,) = local.router.replicas
         serial, beyond, over, bounds = measure_serial(replica.model, local, ray, parameters, asked.repeats)  # type: ignore[attr-defined]
-        seconds = role_seconds(asked.model, parameters)
-        bound = min(1 / max(seconds.values()), cores / sum(seconds.values()))
-        pipelined = {
-            name: max(throughput(engine, parameters, asked.requests) for _ in range(asked.rounds))
-            for name, engine in (("local", local), ("ray", ray))
-        }
+        pipelined = measure_pipelined(local=local, ray=ray)
     with RayEngine(asked.model, pools=f"monolithic={cores}", dtype="float32", threads=1, batching=False,
                    prompt_cache=0) as wholes:  # fmt: skip
-        pipelined["wholes"] = max(throughput(wholes, parameters, asked.requests) for _ in range(asked.rounds))
+        pipelined |= measure_pipelined(wholes=wholes)
+    shares = {
+        name: statistics.median(each["share of the bound"] for each in rounds) for name, rounds in pipelined.items()
+    }
     figures = {
         "command": " ".join(["python bench/split.py", *sys.argv[1:]]),
         "cores": cores,
@@ -92,12 +115,12 @@ def main() -> int:
         "over the whole, ms": {name: (serial[name] - serial["whole"]) * 1e3 for name in ("local", "ray")},
         "p50 of the differences within a turn, ms": {name: value * 1e3 for name, value in over.items()},
         "its bounds, ms": {name: [value * 1e3 for value in each] for name, each in bounds.items()},
-        "role seconds": seconds,
-        "bound, requests/s": bound,
-        "pipelined, requests/s": pipelined,
-        "share of the bound": {name: each / bound for name, each in pipelined.items()},
-        "pipelined over whole": {name: each * serial["whole"] for name, each in pipelined.items()},
-        "pipelined over as many wholes": {name: pipelined[name] / pipelined["wholes"] for name in ("local", "ray")},
+        "pipelined, by round": pipelined,
+        "share of the bound": shares,
+        "over one at a time": {
+            name: statistics.median(each["over one at a time"] for each in rounds) for name, rounds in pipelined.items()
+        },
+        "over as many wholes": {name: shares[name] / shares["wholes"] for name in ("local", "ray")},
     }
     figures["checks"] = {
         "local serial <= whole + 1 ms": figures["over the whole, ms"]["local"] <= 1,
@@ -146,16 +169,17 @@ def bounds_of_median(values: list[float]) -> list[float]:
     return [ranked[max(0, math.floor(middle - spread))], ranked[min(len(values), math.ceil(middle + spread)) - 1]]
 
 
-def role_seconds(model: str, parameters: dict[str, Any], repeats: int = 5) -> dict[str, float]:
+def role_seconds(
+    roles: dict[RoleType, triptych.Model], parameters: dict[str, Any], repeats: int = 5
+) -> dict[str, float]:
     """Return the median seconds that each role takes for one request, one at a time."""
-    roles = {role: triptych.load(model, role=role, device="cpu", dtype="float32") for role in WORKERS}
-    seconds: dict[str, list[float]] = {role.value: [] for role in WORKERS}
+    seconds: dict[str, list[float]] = {role.value: [] for role in roles}
     for k in range(repeats + 1):
         work: Any = Request(**parameters)
         for role, loaded in roles.items():
             began = time.perf_counter()
             work = loaded.run(work)
-            if k:
+            if k:  # the first warms up
                 seconds[role.value].append(time.perf_counter() - began)
     return {role: statistics.median(each) for role, each in seconds.items()}
 
