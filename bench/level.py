@@ -5,9 +5,8 @@
 
 One step each, 16 at a time, prompts that repeat, the prompt cache small enough to be full before the 1,000th. Begins when
 the denoiser has measured how much its forwards may share, which it does when it is idle. What counts is the highest that
-a process's resident memory was seen at, looked at ten times between two figures: it falls each time that freed memory is
-given back. Limit: of every process, from the 1,000th request to the last, within 5 %. Writes bench/results/level.json;
-exits 1 where it is not.
+a process's resident memory was seen at, looked at ten times between two figures. Limit: of every process, from the 1,000th
+request to the last, within 5 %. Writes bench/results/level.json; exits 1 where it is not.
 """
 
 from __future__ import annotations

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Protocol
+
+from triptych.runtime import memory
+
+QUIET = 5.0
+"""Seconds without anything to do after which a thread sees to it that free memory goes back to the system."""
 
 
 class Driven(Protocol):
@@ -99,10 +105,18 @@ class _Driver(threading.Thread):
 
     def run(self) -> None:
         self._prepare()
-        while (lane := self._next.get()) is not None:
+        while (lane := self._wait()) is not None:
             while lane is not None:
                 self._lane = lane
                 lane.work()
                 offered, self._offered = self._offered, None
                 lane = self.crew.go_on(self, lane, offered)
             self._lane = None
+
+    def _wait(self) -> Driven | None:
+        """Return what is to be driven next. Where that does not come for long, free memory goes back to the system."""
+        while True:
+            with suppress(Empty):
+                return self._next.get(timeout=QUIET)
+            if memory.give_back():
+                return self._next.get()

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from triptych.errors import Cancelled, DeadlineExceeded, TriptychError
-from triptych.runtime import memory, streams
+from triptych.runtime import streams
 from triptych.runtime.crew import Crew
 from triptych.runtime.meeting import KINDS, Meeting
 from triptych.runtime.model import Model
@@ -291,7 +291,6 @@ class Lane:
             work.done(outcome)
         except Exception:  # the others that ended with it are still to be told
             log.exception("%s: the end of a request could not be told", self.name)
-        memory.give_back()
 
     def _account(self) -> None:
         """Take note of the seconds of what the device has done, where they were not known when it was asked."""
