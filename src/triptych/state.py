@@ -71,11 +71,16 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors, lists and dicts included."""
-        import torch
+        """Bytes of its tensors, arrays and pictures, lists and dicts included."""
+        from PIL import Image
         from torch.utils._pytree import tree_leaves
 
-        return sum(each.nbytes for each in tree_leaves(self.fields) if isinstance(each, torch.Tensor))
+        return sum(
+            each.width * each.height * len(each.getbands())
+            if isinstance(each, Image.Image)
+            else getattr(each, "nbytes", 0)
+            for each in tree_leaves(self.fields)
+        )
 
     def copy(self) -> State:
         """Return a state that can be run without changing this one; tensors are shared, the random state is not."""

@@ -153,6 +153,16 @@ def test_a_process_that_hangs_holds_its_sender_up_for_moments_only(monkeypatch: 
         assert time.monotonic() - began < 2
 
 
+def test_without_a_descriptor_left_nothing_is_sent_and_nothing_raised(receiver: Receiver) -> None:
+    held = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, held[1]))
+    try:
+        taken = [send(receiver.order(), memoryview(bytes(size))) for size in (8, 2 * SMALL)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, held)
+    assert taken == [False, False]
+
+
 def test_a_sender_that_says_nothing_holds_nobody_up(receiver: Receiver) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
         silent.connect(receiver.inbox.address or "")

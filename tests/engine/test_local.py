@@ -255,3 +255,27 @@ def test_one_request_is_driven_by_one_thread_once_nothing_is_to_be_tried_out(eng
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def test_a_closed_engine_takes_nothing_on(repository: Path) -> None:
+    with LocalEngine(repository, encoder="cpu", denoiser="cpu", decoder="cpu", threads=ONE, warm_up=False) as closed:
+        pass
+    with pytest.raises(Cancelled, match="closed"):
+        closed.submit(Request(**ASK))
+
+
+def test_an_engine_that_cannot_start_leaves_nothing(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[weakref.ref[LocalEngine]] = []
+
+    def fail(engine: LocalEngine) -> None:
+        kept.append(weakref.ref(engine))
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(LocalEngine, "warm_up", fail)
+    before = set(threading.enumerate())
+    with pytest.raises(MemoryError):
+        LocalEngine(repository, encoder="cpu", denoiser="cpu", decoder="cpu", threads=ONE)
+    deadline = time.monotonic() + 10
+    while gc.collect() and kept[0]() is not None or set(threading.enumerate()) - before:
+        assert time.monotonic() < deadline, "it is still there, or its threads are"
+        time.sleep(0.05)

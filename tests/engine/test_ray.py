@@ -23,6 +23,7 @@ import triptych.engine  # before ray: it asks for Ray's authentication
 import ray  # isort: skip
 from ray.exceptions import GetTimeoutError, ObjectLostError
 
+from triptych.engine import ray as engine_ray
 from triptych.engine import ray_pools, ray_replica
 from triptych.engine.job import Job
 from triptych.engine.pools import parse_pools
@@ -32,6 +33,7 @@ from triptych.engine.replica import Handover, Ticket
 from triptych.errors import Cancelled, ModelError, ReplicaRefusedError, UsageError, WireError
 from triptych.request import Request
 from triptych.roles import RoleType
+from triptych.state import State
 
 ASK: dict[str, Any] = {
     "prompt": "a red fox", "seed": 7, "height": 64, "width": 48, "num_inference_steps": 3, "output_type": "pt",
@@ -83,6 +85,34 @@ def test_requests_over_three_processes_equal_the_whole_to_the_bit(engine: RayEng
     roles = [event.details["role"] for event in jobs[0].events() if event.kind == "started"]
     assert roles == ["encoder", "denoiser", "decoder"]
     assert len(engine.router) == 0
+
+
+def test_results_that_are_kept_keep_no_descriptors(engine: RayEngine) -> None:
+    ask = {**ASK, "height": 128, "width": 128, "num_inference_steps": 1}
+    engine.generate(**ask)
+    before = len(os.listdir("/proc/self/fd"))
+    kept = [engine.generate(**{**ask, "seed": seed}) for seed in range(8)]
+    assert len(os.listdir("/proc/self/fd")) < before + len(kept) / 2
+
+
+def test_a_result_that_is_damaged_on_its_way_is_made_again_by_its_role_alone(
+    engine: RayEngine, whole: triptych.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = iter([True])
+
+    class Carried(State):
+        @classmethod
+        def from_bytes(cls, data: Any) -> State:
+            if next(damaged, False):
+                raise WireError("checksum mismatch")
+            return State.from_bytes(data)
+
+    monkeypatch.setattr(engine._inbox, "_receive", lambda order, data: None)  # results do not come straight
+    monkeypatch.setattr(engine_ray, "State", Carried)
+    job = engine.submit(Request(**ASK))
+    assert torch.equal(job.result(60).images, whole.generate(**ASK).images)
+    started = [event.details["role"] for event in job.events() if event.kind == "started"]
+    assert started.count("decoder") == 2 and started.count("denoiser") == 1
 
 
 def test_replicas_load_only_their_own_weights(engine: RayEngine, whole: triptych.Model) -> None:

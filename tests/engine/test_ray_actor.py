@@ -17,7 +17,9 @@ from triptych.engine import attempt
 from triptych.engine.attempt import REMEMBERED
 from triptych.engine.inbox import Order, send
 from triptych.engine.ray_actor import ReplicaActor
+from triptych.errors import WireError, from_text
 from triptych.runtime import streams
+from triptych.runtime.segment import finish
 from triptych.state import State
 
 ASK: dict[str, Any] = {
@@ -230,3 +232,37 @@ def test_a_process_whose_device_has_failed_ends(
             assert len(ended) == (number == 2)
     finally:
         hook.remove()
+
+
+def test_a_state_that_cannot_be_carried_is_not_taken_for_one_that_came_damaged(
+    actors: dict[str, ReplicaActor], request_bytes: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(state: State) -> memoryview:
+        raise WireError("prompt_embeds: a complex256 cannot be carried")
+
+    encoder = actors["encoder"]
+    monkeypatch.setattr(State, "to_bytes", fail)
+    outcome, _ = encoder.run(order(encoder, "odd"), request_bytes)
+    error = from_text(*outcome["error"])
+    assert "prompt_embeds" in str(error) and not isinstance(error, WireError)
+
+
+def test_large_states_are_not_written_by_the_thread_that_drives_the_lane(
+    actors: dict[str, ReplicaActor], whole: triptych.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers: dict[str, str] = {}
+    written = ReplicaActor._written
+
+    def note(self: ReplicaActor, state: State) -> Any:
+        writers[state.fields["output_type"]] = threading.current_thread().name
+        return written(self, state)
+
+    monkeypatch.setattr(ReplicaActor, "_written", note)
+    decoder = actors["decoder"]
+    for kind, size in (("pt", 64), ("pil", 160)):
+        state = whole.admit(triptych.Request(**{**ASK, "output_type": kind, "height": size, "width": size}))
+        for role in ("encoder", "denoiser"):
+            finish(actors[role]._replica.model.segment(state))
+        outcome, _ = decoder.run(order(decoder, kind), np.frombuffer(bytes(state.to_bytes()), np.uint8))
+        assert outcome["turns"] == []
+    assert "courier" in writers["pil"] and "courier" not in writers["pt"]

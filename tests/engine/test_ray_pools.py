@@ -3,6 +3,7 @@
 import math
 import os
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import triptych.engine  # before ray: it asks for Ray's authentication
 import ray  # isort: skip
 from ray.exceptions import RayTaskError
 
-from triptych.engine import ray_pools
+from triptych.engine import ray_join, ray_pools
 from triptych.engine.inbox import Order
 from triptych.engine.job import Job
 from triptych.engine.pools import parse_pools
@@ -259,6 +260,51 @@ def test_a_replica_that_was_just_started_outlives_a_register_that_is_started_ane
         time.sleep(0.05)
     keeper.pulse()
     assert set(keeper.replicas) == set(ray.get(keeper._register.members.remote())) == {first}
+
+
+def test_a_pool_without_a_replica_grows_by_any_work(enter: Callable[..., Keeper]) -> None:
+    keeper = enter()
+    keeper.serve("denoiser=0..1")
+    keeper.router.costs.learn(RoleType.DENOISER, 1.0, SCALE_AFTER / 100)
+    keeper.pulse()
+    assert keeper.replicas == {}
+    keeper.router.submit(Job(), Handover(RoleType.DENOISER, None), {})
+    keeper.pulse()
+    keeper.pulse()
+    assert len(keeper.replicas) == 1
+
+
+def test_a_replica_is_not_silent_because_nobody_has_time_to_hear_it(enter: Callable[..., Keeper]) -> None:
+    keeper = enter()
+    keeper.serve("denoiser=1")
+    keeper.pulse()
+    (mine,) = keeper.replicas.values()
+    mine.state = "ready"
+    mine.ask()
+    deadline = time.monotonic() + 60
+    while keeper._happened.empty():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert mine.asked is not None, "nobody has heard it yet"
+    assert mine.silent == 0 and not mine.hangs()
+
+
+def test_a_replica_that_joined_outlasts_a_register_that_has_forgotten_it(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_join, "FORGOTTEN", 2.0)
+    monkeypatch.setattr(ray_join, "LOOK", 0.1)
+    register = ray.remote(num_cpus=0)(Register).remote()
+    stays = threading.Thread(target=ray_join._stay, args=(register, None, "mine"), daemon=True)
+    stays.start()
+    time.sleep(1)
+    ray.get(register.add.remote("mine", "denoiser", joined=True))
+    time.sleep(2)
+    assert stays.is_alive(), "it is known again"
+    ray.get(register.remove.remote("mine"))
+    stays.join(20)
+    assert not stays.is_alive(), "its service is gone"
+    ray.kill(register)
 
 
 def test_requests_that_wait_at_another_router_make_a_pool_grow(enter: Callable[..., Keeper]) -> None:

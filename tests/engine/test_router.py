@@ -321,6 +321,31 @@ def test_a_replica_lost_answer_is_tried_again() -> None:
     assert job.status == "done"
 
 
+def test_a_segment_that_cannot_be_given_leaves_no_slot_taken_and_is_tried_again() -> None:
+    class Full(Remote):
+        """A replica that for some time can be given nothing."""
+
+        left = 1
+
+        def start(self, ticket: Ticket, payload: Any) -> None:
+            if self.left:
+                self.left -= 1
+                raise OSError("too many open files")
+
+    replica = Full("all")
+    made = router(replica)
+    job = submit(made)
+    assert len(replica.tickets) == 1
+    for _ in ROUTE:
+        replica.answer()
+    assert job.status == "done" and len(job.lost) == 1
+    replica.left = 9
+    job = submit(made)
+    with pytest.raises(RequestLostError, match="too many open files"):
+        job.result(0)
+    assert replica.tickets == [] and len(made) == 0
+
+
 def test_a_cancelled_job_leaves_the_queue_or_stops_at_its_replica() -> None:
     replica = Remote("all", slots=1)
     made = router(replica)

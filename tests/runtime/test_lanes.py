@@ -221,6 +221,25 @@ def test_a_request_that_fails_leaves_those_beside_it_alone(model: Model, lane: S
     assert (model.run(ended["good"]).result.images - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("budget", [None, 0])
+def test_a_request_whose_own_branches_do_not_fit_together_runs_them_apart(
+    model: Model, forwards: Forwards, budget: int | None
+) -> None:
+    def fail(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if len(kwargs["hidden_states"]) > 1:
+            raise torch.OutOfMemoryError("no room")
+
+    hook = model.components["transformer"].register_forward_pre_hook(fail, with_kwargs=True)
+    lane, outcomes = StepLane(model, "test", threads=1, budget=budget), Outcomes()
+    forwards.open.set()
+    try:
+        outcomes.put(lane, "one", encoded(model))
+        assert isinstance(outcomes.wait(1)["one"], State)
+    finally:
+        hook.remove()
+        lane.close()
+
+
 def test_forwards_for_which_memory_does_not_suffice_are_not_shared_again(model: Model, forwards: Forwards) -> None:
     held: list[weakref.ref[torch.Tensor]] = []
     alive: list[bool] = []

@@ -14,7 +14,7 @@ from triptych.engine.job import Job
 from triptych.engine.replica import Handover
 from triptych.engine.router import Router
 from triptych.engine.warm_up import warm_up_request
-from triptych.errors import UsageError
+from triptych.errors import Cancelled, UsageError
 from triptych.request import Request
 from triptych.result import Result
 from triptych.roles import RoleType
@@ -154,8 +154,11 @@ class Engine(ABC):
 
     def ready(self) -> bool:
         """Return whether every role has a replica."""
-        roles = {role for each in self.router.replicas if not each.draining for role in each.roles}
-        return {role for role, _ in self.front.route()} <= roles
+        return {role for role, _ in self.front.route()} <= self.served()
+
+    def served(self) -> set[RoleType]:
+        """Return the roles that have a replica."""
+        return {role for each in self.router.replicas if not each.draining for role in each.roles}
 
     def snapshot(self) -> dict[str, Any]:
         """Return how things stand, as plain values: pools, replicas, queues, requests."""
@@ -178,10 +181,10 @@ class Engine(ABC):
         self.close(None if kind is None else 0)
 
     def _drain(self, timeout: float | None) -> None:
-        """Wait for the requests that are on their way, and cancel those that take too long."""
+        """Wait for the requests that are on their way, cancel those that take too long, and take none on any more."""
         if not self.router.drained(timeout):
             log.warning("closing: %d requests are cancelled", len(self.router))
-            self.router.cancel_all()
+        self.router.refuse_all(Cancelled("the engine was closed"))
 
     def _watch(self) -> None:
         """Look after deadlines, in a thread of its own, until the engine is closed."""
@@ -189,6 +192,9 @@ class Engine(ABC):
 
         def look() -> None:
             while not self._closed.wait(_CHECK):
-                self.router.check_deadlines()
+                try:
+                    self.router.check_deadlines()
+                except Exception:  # without this thread no deadline would be kept
+                    log.exception("the deadlines could not be looked after")
 
         threading.Thread(target=look, name="deadlines", daemon=True).start()

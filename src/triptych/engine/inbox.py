@@ -19,7 +19,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
@@ -173,20 +173,21 @@ def begin_sending(order: Order, data: memoryview, patience: float) -> socket.soc
     head += b" " * (-len(head) % 8)
     if len(head) > SMALL:
         return None
-    receiver = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    receiver.settimeout(patience)
     try:
-        receiver.connect(order.inbox)
-        if inside:
-            receiver.sendmsg((_HEAD.pack(len(head)), head, data))
-        else:
-            with _closing([memory := _stored(data)]):
-                socket.send_fds(receiver, (_HEAD.pack(len(head)), head), [memory])
+        # Before it is connected: then somebody waits for what is sent.
+        with _closing([] if inside else [_stored(data)]) as held, ExitStack() as undo:
+            receiver = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            receiver.settimeout(patience)
+            receiver.connect(order.inbox)
+            if inside:
+                receiver.sendmsg((_HEAD.pack(len(head)), head, data))
+            else:
+                socket.send_fds(receiver, (_HEAD.pack(len(head)), head), held)
+            undo.pop_all()
+            return receiver
     except OSError as error:
-        receiver.close()
         log.info("a state could not be sent directly (%s): it goes through Ray", error)
         return None
-    return receiver
 
 
 def is_taken(receiver: socket.socket) -> bool:
@@ -224,9 +225,9 @@ def _mapped(memory: int) -> memoryview:
 
 
 @contextmanager
-def _closing(held: list[int]) -> Iterator[None]:
+def _closing(held: list[int]) -> Iterator[list[int]]:
     try:
-        yield
+        yield held
     finally:
         for each in held:
             os.close(each)

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -221,30 +222,35 @@ class LocalEngine(Engine):
         devices = {RoleType.ENCODER: encoder, RoleType.DENOISER: denoiser, RoleType.DECODER: decoder}
         places = place({role: devices[role] for role in WORKERS if role in needed})
         budget, turns = None if batching else 0, Turns()
-        for number, (device, roles) in enumerate(places):
-            model = load(source, role="+".join(role.value for role in roles), device=device, **options)
-            name = f"{role_name(frozenset(roles))}-{number}"
-            share = (
-                {**thread_shares(torch.get_num_threads()), **(threads or {})} if model.device.type == "cpu" else None
-            )
-            self.router.add(
-                LanesReplica(
-                    name,
-                    model,
-                    threads=share,
-                    slots=slots,
-                    budget=budget,
-                    prompt_cache=prompt_cache,
-                    turns=turns,
-                    on_broken=self._lose,
-                )
-            )
         self._watch()
-        # A thread that computes while the interpreter goes away would abort it.
-        goodbye = weakref.WeakMethod(self.close)
-        atexit.register(lambda: (close := goodbye()) and close(0))
-        if warm_up:
-            self.warm_up()
+        with ExitStack() as undo:
+            undo.callback(self.close, 0)
+            for number, (device, roles) in enumerate(places):
+                model = load(source, role="+".join(role.value for role in roles), device=device, **options)
+                name = f"{role_name(frozenset(roles))}-{number}"
+                share = (
+                    {**thread_shares(torch.get_num_threads()), **(threads or {})}
+                    if model.device.type == "cpu"
+                    else None
+                )
+                self.router.add(
+                    LanesReplica(
+                        name,
+                        model,
+                        threads=share,
+                        slots=slots,
+                        budget=budget,
+                        prompt_cache=prompt_cache,
+                        turns=turns,
+                        on_broken=self._lose,
+                    )
+                )
+            # A thread that computes while the interpreter goes away would abort it.
+            goodbye = weakref.WeakMethod(self.close)
+            atexit.register(lambda: (close := goodbye()) and close(0))
+            if warm_up:
+                self.warm_up()
+            undo.pop_all()
 
     def hand_in(self, state: State) -> Handover:
         streams.wait_for(state.fields)

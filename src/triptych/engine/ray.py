@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,9 +33,17 @@ from triptych.engine.ray_pools import PoolKeeper
 from triptych.engine.ray_replica import RayReplica
 from triptych.engine.replica import Handover, Ticket
 from triptych.engine.router import Router
-from triptych.errors import ModelError, RemoteError, ReplicaRefusedError, UsageError, WireError, from_text
+from triptych.errors import (
+    ModelError,
+    RemoteError,
+    ReplicaLost,
+    ReplicaRefusedError,
+    UsageError,
+    WireError,
+    from_text,
+)
 from triptych.pipelines.registry import find_family
-from triptych.roles import WORKERS, RoleType
+from triptych.roles import WORKERS, RoleType, parse_roles
 from triptych.runtime.model import Model, identity_of
 from triptych.runtime.preview import Projection
 from triptych.state import State
@@ -49,6 +57,8 @@ log = logging.getLogger(__name__)
 TRANSPORTS = ("host", "nixl")
 PULSE = 0.5
 """Seconds between two looks at every replica."""
+FETCHERS = 8
+"""Results that may be fetched at a time, of those that do not come straight."""
 
 
 class RayEngine(Engine):
@@ -104,7 +114,7 @@ class RayEngine(Engine):
         identity = {
             "version": triptych.__version__,
             "transport": transport,
-            **identity_of(family.repository, dtypes, options["acceleration"]),
+            **identity_of(family.repository, dtypes, chosen, options["acceleration"]),
         }
         everywhere = sum(pool.most * ranks_of(pool.roles, options["acceleration"]) for pool in wanted)
         arguments = {
@@ -157,6 +167,7 @@ class RayEngine(Engine):
         undo.callback(self._keeper.leave)
         self._keeper.declare(pools, gpus, **arguments)
         self._keeper.pulse()
+        self._fetchers = ThreadPoolExecutor(FETCHERS, "fetcher")
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._handle, self._pulse)]
         undo.callback(self._stop)
         for thread in self._threads:
@@ -165,6 +176,7 @@ class RayEngine(Engine):
     def _stop(self) -> None:
         """End this engine's threads."""
         self._closed.set()
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
         self._happened.put(())
         for thread in self._threads:
             if thread.is_alive():
@@ -182,6 +194,11 @@ class RayEngine(Engine):
             if weight is not None:
                 return Projection(torch.tensor(weight))
         return None
+
+    def served(self) -> set[RoleType]:
+        """Return the roles that have a replica, or a pool that has none until there is work."""
+        asleep = [name for name, pool in self._keeper.pools.items() if pool["target"] == 0 < pool["most"]]
+        return super().served().union(*(parse_roles(name) for name in asleep))
 
     @property
     def replicas(self) -> list[RayReplica]:
@@ -238,8 +255,10 @@ class RayEngine(Engine):
             return None
 
         def end() -> None:
-            with suppress(WireError):
-                self.router.settle(ticket, Handover(None, State.from_bytes(data)))
+            with suppress(
+                WireError
+            ):  # of a copy: memory that was passed on keeps a descriptor as long as the result lives
+                self.router.settle(ticket, Handover(None, State.from_bytes(np.array(data).data)))
 
         return end
 
@@ -274,7 +293,10 @@ class RayEngine(Engine):
         told = future.result()
         for preview in told.get("previews", ()):  # those that no heartbeat has told of
             ticket.show(*preview)
-        ticket.done(ticket, self._outcome(ticket, told, data))
+        if told.get("turns") == [] and ticket.job.status not in ENDED:
+            self._fetchers.submit(self._fetch, ticket, told, data)  # it may take long, and others are to be heard
+        else:
+            ticket.done(ticket, self._outcome(told, data))
 
     def _handed(self, replica: RayReplica, future: Future[Any], ticket: Ticket) -> None:
         """End a ticket whose state could not be brought: its replica would wait for it for ever."""
@@ -292,19 +314,23 @@ class RayEngine(Engine):
         else:
             ticket.done(ticket, RemoteError(str(error)))
 
-    def _outcome(self, ticket: Ticket, told: dict[str, Any], data: Any) -> Handover | Exception:
+    def _fetch(self, ticket: Ticket, told: dict[str, Any], data: Any) -> None:
+        """End a ticket with a result that has not come straight."""
+        try:
+            outcome = Handover(None, State.from_bytes(np.array(ray.get(data)).data), told["seconds"])
+        except Exception as error:  # noqa: BLE001 (whatever it is, its role makes it once more)
+            ticket.done(ticket, ReplicaLost(f"the result was lost: {error}"))
+        else:
+            ticket.done(ticket, outcome)
+
+    def _outcome(self, told: dict[str, Any], data: Any) -> Handover | Exception:
         """Return what a replica's answer means."""
         if "error" in told:
             return from_text(*told["error"])
-        if told["turns"]:
-            role, *then = (RoleType(role) for role in told["turns"])
-            return Handover(role, data, told["seconds"], then=tuple(then), handed=told["handed"])
-        if ticket.job.status in ENDED:  # the result was here before
+        turns = tuple(RoleType(role) for role in told["turns"])
+        if not turns:  # the result was here before
             return Handover(None, None, told["seconds"])
-        try:
-            return Handover(None, State.from_bytes(np.array(ray.get(data)).data), told["seconds"])
-        except (ObjectLostError, OwnerDiedError, WireError) as error:
-            return WireError(f"the result was lost: {error}")
+        return Handover(turns[0], data, told["seconds"], then=turns[1:], handed=told["handed"])
 
     def _pulse(self) -> None:
         while not self._closed.wait(PULSE):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 import triptych
-from triptych.errors import ReplicaRefusedError, from_text, to_text
+from triptych.errors import RemoteError, ReplicaRefusedError, WireError, from_text, to_text
 from triptych.roles import RoleType
 from triptych.runtime.collection import collection_paused
 
@@ -263,8 +263,10 @@ class ReplicaActor:
         """Tell the router of an error."""
         from triptych.engine.attempt import failure
 
-        self._end_if_broken(error)
-        self._answer(attempt, *failure(error))
+        try:
+            self._end_if_broken(error)
+        finally:  # whatever that finds: nobody else would answer
+            self._answer(attempt, *failure(error))
 
     def _end_if_broken(self, error: Exception) -> None:
         """End this process where its device has failed it: nothing works there any more, and Ray starts another one.
@@ -302,11 +304,18 @@ class ReplicaActor:
         return placed
 
     def _written(self, state: State) -> npt.NDArray[np.uint8]:
-        """Return the wire form of a state that is to go."""
+        """Return the wire form of a state that is to go.
+
+        Raises:
+            RemoteError: a field cannot be carried.
+        """
         import numpy as np
 
         began = time.perf_counter()
-        data = np.frombuffer(state.to_bytes(), np.uint8)
+        try:
+            data = np.frombuffer(state.to_bytes(), np.uint8)
+        except WireError as error:  # as such it would tell of what had come
+            raise RemoteError(f"the state after the segment cannot be carried: {error}") from error
         self._hop(len(data), time.perf_counter() - began)
         if random.random() < self._faults.get("corrupt", 0):
             data[random.randrange(len(data))] ^= 1

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 LOOK = 0.5
 """Seconds between two looks at whether the replica has been drained."""
+FORGOTTEN = 10.0
+"""Seconds after which a replica that the register does not name leaves: one that was started anew learns the names again."""
 DRAIN = 60.0
 """Seconds that a replica gets to finish what it has."""
 
@@ -114,11 +116,14 @@ def _wait_until_loaded(actor: Any) -> dict[str, Any]:
 
 def _stay(register: Any, actor: Any, name: str) -> None:
     """Wait until somebody drains the replica, or the service is gone."""
-    while True:
+    known = time.monotonic()
+    while time.monotonic() - known < FORGOTTEN:
         time.sleep(LOOK)
         member = ray.get(register.members.remote()).get(name)
-        if member is None or member["draining"]:
-            return
+        if member is not None:
+            known = time.monotonic()
+            if member["draining"]:
+                return
 
 
 def _leave(register: Any, actor: Any, name: str) -> None:

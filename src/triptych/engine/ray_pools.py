@@ -26,7 +26,7 @@ from triptych.roles import RoleType, parse_roles
 log = logging.getLogger(__name__)
 
 SCALE_AFTER = 3.0
-"""Seconds of waiting work for each replica of a pool, beyond which it gets another, if it may."""
+"""Seconds of waiting work for each replica of a pool, beyond which it gets another, if it may; without any, any work is."""
 IDLE = 60.0
 """Seconds without work after which a pool gives a replica back, if it may."""
 REPLACE = 10.0
@@ -203,7 +203,7 @@ class PoolKeeper:
             ready = all(each.state == "ready" for each in mine)
             if ready and len(mine) >= pool["target"]:
                 self._failures.pop(name, None)
-            if ready and len(mine) < pool["most"] and work > SCALE_AFTER * max(1, len(mine)):
+            if ready and len(mine) < pool["most"] and work > SCALE_AFTER * len(mine):
                 target = len(mine) + 1
             elif len(mine) > pool["least"] and all(now - each.busy > IDLE for each in mine):
                 target = len(mine) - 1

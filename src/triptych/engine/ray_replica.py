@@ -62,7 +62,8 @@ class RayReplica(Replica):
         self.actor = actor
         self.state = "starting"
         self.told: dict[str, Any] = {}
-        self.asked: float | None = None  # when it was asked for a sign of life that has not come yet
+        self.asked: float | None = None  # when it was asked for a sign of life that has not been heard yet
+        self._come: float | None = None  # when it was asked for the last one that came, whether heard or not
         self.busy = time.monotonic()  # when it last had work
         self.failure: BaseException | None = None  # why it will never be ready, where that is known here
         self.failed: float | None = None  # since when it is known that it will never be
@@ -102,7 +103,15 @@ class RayReplica(Replica):
     def ask(self) -> None:
         """Ask for a sign of life, and say which tickets are still wanted."""
         self.asked = asked = time.monotonic()
-        self._when_there(self.actor.beat.remote([ticket.name for ticket in self.tickets], LOOK), "told", asked)
+
+        def take_note(
+            future: Future[Any],
+        ) -> None:  # at once: who hears it may be busy, which is no fault of the replica
+            self._come = asked
+            self._later("told", self, future, asked)
+
+        beat = self.actor.beat.remote([ticket.name for ticket in self.tickets], LOOK)
+        beat.future().add_done_callback(take_note)
 
     def hear(self, router: Router, future: Future[Any], asked: float) -> None:
         """Take note of the sign of life that was asked for then, or of Ray's error in its place."""
@@ -183,7 +192,7 @@ class RayReplica(Replica):
     def silent(self) -> float:
         """Seconds since it was asked for a sign of life that has not come yet."""
         asked = self.asked  # read once: the answer may come meanwhile, in another thread
-        return 0.0 if asked is None else time.monotonic() - asked
+        return 0.0 if asked is None or asked == self._come else time.monotonic() - asked
 
     def hangs(self) -> bool:
         """Return whether its process has given no sign of life for too long."""

@@ -184,6 +184,7 @@ class Router:
         """Give waiting segments to replicas that have room, in the order of arrival."""
         full: set[RoleType] = set()
         kept: set[Replica] = set()  # for those that are to be alone: nothing else goes there until they are empty
+        failed: list[tuple[Ticket, str]] = []
         for ticket in list(self._waiting):
             if ticket.role in full and not ticket.alone:
                 continue
@@ -201,9 +202,16 @@ class Router:
             replica.tickets.append(ticket)
             self._note_start(ticket, replica)
             reserved = self._look_ahead(ticket)
-            replica.start(ticket, ticket.handover.payload)
-            for ahead, other in reserved:
-                other.start(ahead, None)
+            try:
+                replica.start(ticket, ticket.handover.payload)
+                for ahead, other in reserved:
+                    other.start(ahead, None)
+            except Exception as error:  # whatever it was: nobody else would ever answer
+                log.exception("%s: a segment could not be given to %s", ticket.job.id, replica.name)
+                failed.append((ticket, f"{replica.name} could not be given it ({error})"))
+        for ticket, reason in failed:
+            self._take_back(ticket)
+            self._lose(ticket, reason, counts=True)
 
     def _note_start(self, ticket: Ticket, replica: Replica) -> None:
         ticket.replica, ticket.since = replica, time.monotonic()
@@ -243,11 +251,16 @@ class Router:
     def _withdraw(self, ticket: Ticket) -> None:
         """Take back what was given ahead of a ticket's end."""
         ahead, ticket.ahead = ticket.ahead, None
-        if ahead is not None and ahead.replica is not None:
-            self._withdraw(ahead)
+        if ahead is not None:
+            self._take_back(ahead)
             ahead.after = None
-            ahead.replica.tickets.remove(ahead)
-            ahead.replica.cancel(ahead)
+
+    def _take_back(self, ticket: Ticket) -> None:
+        """Take a ticket from its replica, and what was given ahead of its end."""
+        self._withdraw(ticket)
+        if ticket.replica is not None:
+            ticket.replica.tickets.remove(ticket)
+            ticket.replica.cancel(ticket)
 
     def _done(self, ticket: Ticket, outcome: Handover | Exception) -> None:
         with self._lock:

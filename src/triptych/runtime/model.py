@@ -75,7 +75,7 @@ class Model:
         dtypes = suited(named)
         asked = parse_acceleration(acceleration, roles)
         self.accelerated = Accelerated(family, roles, needs, asked, tasks, device, dtypes)
-        self.identity = identity_of(family.repository, named, asked)
+        self.identity = identity_of(family.repository, named, tasks, asked)
         self._load(needs, dtypes)
         self.adapters = None if family.loras is None else Adapters(family.oracle, family.repository, self.components)
         self.stages = [self._build(name, stage) for name, stage in mine]
@@ -261,17 +261,22 @@ class Model:
 
 
 def identity_of(
-    repository: Repository, dtypes: Mapping[str, str], accelerations: Mapping[RoleType, Acceleration]
+    repository: Repository,
+    dtypes: Mapping[str, str],
+    tasks: Iterable[str],
+    accelerations: Mapping[RoleType, Acceleration],
 ) -> dict[str, str]:
     """Return what every process of a service has to have alike, for its answers to be so; what is off is left out.
 
     Args:
+        tasks: those that it can do, which decide what of each component it has.
         dtypes, accelerations: as `parse_dtype` and `parse_acceleration` return them.
     """
     spelled = ", ".join(f"{component}={name}" for component, name in sorted(dtypes.items()))
     numbers = {role: accelerations[role].numbers for role in WORKERS if role in accelerations}
     told = "; ".join(f"{role}: {each}" for role, each in numbers.items() if each)
-    return {"fingerprint": repository.fingerprint, "dtype": spelled, **({"acceleration": told} if told else {})}
+    identity = {"fingerprint": repository.fingerprint, "dtype": spelled, "tasks": ", ".join(sorted(tasks))}
+    return {**identity, **({"acceleration": told} if told else {})}
 
 
 def gather(results: list[Result]) -> Result:

@@ -209,14 +209,17 @@ class StepLane(Lane):
             self._timed.append((watch, [(runner.work, runner.size) for runner in chosen]))
             self._account()
         except Exception as error:  # noqa: BLE001 (a request must not fail because of those beside it)
-            if len(chosen) == 1:
+            full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            half, first = sum(runner.size for runner in chosen) // 2, chosen[0].turn
+            branches = len(first.forwards) > 1 and not first.exact and (not self.budget or self.budget > half)
+            if len(chosen) == 1 and not (full and branches):  # else its own branches run apart
                 self._leave(chosen[0], error)
                 return
             # As text: a record of the log may be kept, and the error would keep what the forward has computed.
             log.warning("%s: a shared forward failed (%s); its %d run apart", self.name, repr(error), len(chosen))
             predictions = None  # they may be there, and yet the device has failed at them
-            if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-                self.budget = sum(runner.size for runner in chosen) // 2
+            if full:
+                self.budget = half
         if predictions is None:  # not above, where the error still holds what the forward has computed
             for runner in chosen:
                 self._step([runner])
