@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -254,10 +255,11 @@ def raw_seconds(turn: Turn, copies: int) -> dict[str, float]:
 
 def compare(whole: triptych.Model, asks: list[dict[str, Any]], pictures: list[torch.Tensor]) -> list[float]:
     """Return how far each picture is from the one that a whole model makes of the request, exactly."""
-    return [
+    found = [
         (whole.generate(**{**ask, "exact": True}).images - picture).abs().max().item()
         for ask, picture in zip(asks, pictures)
     ]
+    return [each if math.isfinite(each) else math.inf for each in found]  # NaN has no place in an order
 
 
 if __name__ == "__main__":

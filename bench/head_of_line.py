@@ -4,8 +4,11 @@
 
 At t = 0: one request worth ten short ones, and thirty short ones, on two denoisers (three pools over Ray). Limits: the
 short ones' p99 is at most 1.5 x what it is without the long one, and the last of all is done within 1.1 x the best
-possible: what the same work takes as equal short requests, which any order balances. The time that all stages take one
-at a time, divided by the cores, is given too; two processes that compute at once on shared cores do not reach it.
+possible: what as many denoising steps take as equal short requests, which any order balances, less the encodes and
+decodes that ten requests have and the one long one does not. Those are taken as what they are by themselves, halved,
+since two cores do the work: with more cores they would cost less, and the best possible is rather too quick then. The
+time that all stages take one at a time, divided by the cores, is given too; two processes that compute at once on
+shared cores do not reach it.
 
 One thread in every process. Writes bench/results/head_of_line.json; exits 1 where a limit is not met.
 """
@@ -29,6 +32,7 @@ import torch
 from triptych import embedded
 from triptych.engine.ray import RayEngine
 from triptych.request import Request
+from triptych.roles import WORKERS, RoleType
 
 RESULTS = Path(__file__).parent / "results" / "head_of_line.json"
 TIMES, COUNT = 10, 30  # how many short ones the long one is worth; short requests
@@ -76,7 +80,12 @@ def measure(policy: Any, rounds: int, short: int) -> dict[str, Any]:
             }
             for _ in range(rounds)
         ]
-        work = sum(seconds_of(engine, steps) * count for steps, count in ((short, COUNT), (short * TIMES, 1)))
+        one, long = seconds_of(engine, short), seconds_of(engine, short * TIMES)
+    work = sum(one.values()) * COUNT + sum(long.values())
+    more = (TIMES - 1) * sum(seconds for role, seconds in one.items() if role is not RoleType.DENOISER) / 2
+
+    def best(each: dict[str, dict[str, float]]) -> float:
+        return each["equal"]["makespan"] - more
 
     def middle(figure: Callable[[dict[str, dict[str, float]]], float]) -> float:
         return statistics.median(figure(each) for each in runs)
@@ -87,9 +96,11 @@ def measure(policy: Any, rounds: int, short: int) -> dict[str, Any]:
         "short p99 ratio": middle(lambda each: each["beside"]["p99"] / each["alone"]["p99"]),
         "long one done after, s": middle(lambda each: each["beside"]["long"]),
         "makespan, s": middle(lambda each: each["beside"]["makespan"]),
-        "the same work as equal short ones, s": middle(lambda each: each["equal"]["makespan"]),
-        "makespan ratio": middle(lambda each: each["beside"]["makespan"] / each["equal"]["makespan"]),
-        "makespan ratios": sorted(each["beside"]["makespan"] / each["equal"]["makespan"] for each in runs),
+        "as many steps as equal short ones, s": middle(lambda each: each["equal"]["makespan"]),
+        "of that, encodes and decodes that one long one spares, s": more,
+        "the best possible, s": middle(best),
+        "makespan ratio": middle(lambda each: each["beside"]["makespan"] / best(each)),
+        "makespan ratios": sorted(each["beside"]["makespan"] / best(each) for each in runs),
         "the same work one at a time, halved, s": work / 2,
         "makespan against that": middle(lambda each: each["beside"]["makespan"]) / (work / 2),
     }
@@ -99,9 +110,14 @@ def ask(steps: int, seed: int = 0) -> dict[str, Any]:
     return {"prompt": "a red heart", "seed": seed, "num_inference_steps": steps, "exact": True, "output_type": "pt"}
 
 
-def seconds_of(engine: RayEngine, steps: int) -> float:
-    """Return the seconds that all roles compute for one request, by itself."""
-    return min(sum(engine.generate(**ask(steps)).timings.values()) for _ in range(3))
+def seconds_of(engine: RayEngine, steps: int) -> dict[RoleType, float]:
+    """Return the seconds that each role computes for one request, by itself."""
+    timings = min((engine.generate(**ask(steps)).timings for _ in range(3)), key=lambda each: sum(each.values()))
+    roles = {name: stage.role for name, stage in engine.front.family.recipe}
+    seconds = dict.fromkeys(WORKERS, 0.0)
+    for name, taken in timings.items():
+        seconds[roles[name]] += taken
+    return seconds
 
 
 def run(engine: RayEngine, short: int, *, long: bool, count: int = COUNT) -> dict[str, float]:

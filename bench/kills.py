@@ -50,6 +50,7 @@ def main() -> int:
     engine = RayEngine(
         embedded.path(), dtype="float32", pools=asked.pools, threads=1, faults={"corrupt": asked.corrupt}
     )
+    wait_for_all(engine, asked.pools)  # the engine is ready when one of each role is
     before = levels(engine)
     killer = Killer(engine, asked.kills, asked.requests, random.Random(asked.seed))
     ended = run(engine, asked.requests, asked.concurrency, expected, killer)
@@ -112,25 +113,31 @@ class Killer:
         """Take note that so many requests have ended; kill if it is time to."""
         with self._lock:
             while self.done < len(self.at) and self.at[self.done] < ended:
+                if not self._kill("SIGSTOP" if self.done % 10 == 9 else "SIGKILL"):
+                    return  # it stays due, until another request has ended
                 self.done += 1
-                self._kill("SIGSTOP" if self.done % 10 == 0 else "SIGKILL")
 
-    def _kill(self, name: str) -> None:
-        known = [each for each in self.engine.replicas if each.told.get("pid")]
-        replica = self.chance.choice(known)
+    def _kill(self, name: str) -> bool:
+        """Send a signal to a process that runs; returns whether there was one."""
         time.sleep(self.chance.random() * 0.2)  # somewhere within a step, a hand-over, a decoding
+        living = [each for each in self.engine.replicas if runs(each.told.get("pid"))]
+        if not living:
+            return False
+        replica = self.chance.choice(living)
         busy = "+".join(sorted({ticket.role.value for ticket in replica.tickets})) or "idle"
-        self.phases[f"{replica.pool} {replica.state} {busy}"] += 1
+        phase = f"{replica.pool} {replica.state} {busy}"
         watched = replica.state == "ready"
         pid, losses, began = replica.told["pid"], replica.losses, time.monotonic()
         try:
             os.kill(pid, getattr(signal, name))
         except ProcessLookupError:
-            return
+            return False
+        self.phases[phase] += 1
         if watched:
             watcher = threading.Thread(target=self._watch, args=(name, replica, losses, began))
             watcher.start()
             self._watchers.append(watcher)
+        return True
 
     def _watch(self, name: str, replica: RayReplica, losses: int, began: float) -> None:
         while replica.losses == losses and time.monotonic() - began < 30:
@@ -140,6 +147,14 @@ class Killer:
     def stop(self) -> None:
         for watcher in self._watchers:
             watcher.join()
+
+
+def runs(pid: int | None) -> bool:
+    """Return whether a process is there, and neither dead nor stopped already."""
+    try:
+        return pid is not None and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZXT"
+    except OSError:
+        return False
 
 
 def wait_for_all(engine: RayEngine, pools: str) -> None:
@@ -177,6 +192,8 @@ def report(
     total = sum(ended.values())
     slowest = {name: max(seconds, default=0.0) for name, seconds in killer.seconds.items()}
     checks = {
+        "as many requests ended as were asked": total == asked.requests,
+        "as many signals were sent as were asked": killer.done == asked.kills,
         "at least 99 % have the same pixels": ended["same"] >= 0.99 * total,
         "none differs, none hangs": ended["different"] == ended["hung"] == 0,
         "deaths noticed within 2 s": slowest["SIGKILL"] <= 2,

@@ -65,7 +65,7 @@ def first_answer(options: list[str]) -> float:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     began = time.perf_counter()
-    command = [sys.executable, "-m", "triptych", "serve", "--port", str(port), *options]
+    command = [sys.executable, "-m", "triptych", "serve", "--port", str(port), "--no-state", *options]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL) as server:
         try:
             url = f"http://127.0.0.1:{port}"
@@ -76,8 +76,11 @@ def first_answer(options: list[str]) -> float:
                 name = json.load(answer)["id"]
             while True:
                 with urllib.request.urlopen(f"{url}/v1/requests/{name}") as answer:
-                    if json.load(answer)["status"] == "done":
-                        return time.perf_counter() - began
+                    told = json.load(answer)
+                if told["status"] == "done":
+                    return time.perf_counter() - began
+                if told["status"] in ("failed", "cancelled"):
+                    raise SystemExit(f"the request was given up: {told['error']}")
                 time.sleep(0.01)
         finally:
             server.send_signal(signal.SIGTERM)

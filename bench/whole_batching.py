@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import threading
@@ -145,10 +146,14 @@ def run(lane: Lane, states: list[State]) -> tuple[float, list[State]]:
 
 
 def difference(one: Any, other: Any) -> float:
-    """Return by how much two values' tensors differ at most, relative to the largest where that is above 1."""
+    """Return by how much two values' tensors differ at most, relative to the largest where that is above 1.
+
+    Infinity where that is no number: NaN would be within any limit.
+    """
     if isinstance(one, torch.Tensor) and one.numel():
         largest = max(1.0, other.abs().max().item())
-        return float((one.double() - other.double()).abs().max().item() / largest)
+        most = float((one.double() - other.double()).abs().max().item() / largest)
+        return most if math.isfinite(most) else math.inf
     if isinstance(one, dict):
         return max(difference(value, other[name]) for name, value in one.items())
     if isinstance(one, (list, tuple)):
