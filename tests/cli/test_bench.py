@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
 from serving import Caller, engine, idle, settled
 
@@ -51,6 +52,16 @@ def test_every_request_to_a_service_has_a_prompt_of_its_own(caller: Caller, monk
     prompts = [each.parameters["prompt"] for each in seen]
     assert len(set(prompts)) == len(prompts) == 4  # the first one warms up
     assert all(prompt.startswith("a red fox ") for prompt in prompts)
+
+
+def test_a_picture_goes_to_the_service_with_every_request(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    submit = engine().submit
+    monkeypatch.setattr(engine(), "submit", lambda request, **more: seen.append(request) or submit(request, **more))
+    picture = Image.new("RGB", (64, 64), "red")
+    picture.save("picture.png")
+    assert run(["bench", "load", "--server", caller.url, "--param", "image=@picture.png", *QUICK]) == 0
+    assert [each.parameters["image"].tobytes() for each in seen] == [picture.tobytes()] * 4
 
 
 def test_every_request_to_a_model_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +142,10 @@ def test_a_model_is_measured_alone_and_busy_and_told_whether_to_split(capsys: py
         (["paint"], "'paint' is not one of"),
         (["load", "--server", "http://127.0.0.1:9", "--dtype", "float32"], "--dtype is the service's to choose"),
         (["load", "emoji", "--server", "http://127.0.0.1:9"], "the model is the service's to choose"),
+        (
+            ["load", "--server", "http://127.0.0.1:9", "--param", "guidance_scale=NaN"],
+            "guidance_scale=nan: finite numbers are accepted",
+        ),
         (["load", "--device", "cpu,cpu"], "one is accepted, or three"),
         (["load", "--size", "64"], "width and height"),
         (["load", "-o", "nowhere/load.json"], "there is no folder 'nowhere'"),

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -155,6 +156,14 @@ def test_images_are_read_upright_and_travel_with_the_request(klein: str) -> None
         prompt="a fox", image=[upright, upright], seed=3, num_inference_steps=1, width=16, height=24
     )
     assert expected.images[0].tobytes() == pixels("edit.png")
+
+
+def test_a_picture_whose_exif_data_cannot_be_read_is_refused() -> None:
+    # Turned by 90 degrees, and with a unit of resolution (296) that is larger than such a unit can be.
+    fields = struct.pack("<IHHHIIHHIII", 8, 2, 274, 3, 1, 6, 296, 4, 1, 70_000, 0)
+    Image.new("RGB", (8, 8)).save("turned.jpg", exif=b"Exif\0\0II*\0" + fields)
+    with pytest.raises(UsageError, match="--image turned.jpg: cannot be read"):
+        open_images([Path("turned.jpg")])
 
 
 @pytest.mark.parametrize("degrees", [0, 90, -90, 180])

@@ -1,16 +1,20 @@
 """`triptych generate --server`: a running service makes the same files."""
 
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 from rich.console import Console
-from serving import Caller, engine, idle, settled
+from serving import QUICK, Caller, engine, idle, settled
 
 import triptych
 from triptych import embedded
@@ -184,8 +188,6 @@ def test_a_request_that_is_given_up_says_why(
 
 
 def test_a_stream_that_breaks_is_taken_up_where_it_broke(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
-    import httpx
-
     request = caller.submit({"prompt": "a fox", "num_inference_steps": 2})
     parse, broken = client._events, []
 
@@ -202,6 +204,45 @@ def test_a_stream_that_breaks_is_taken_up_where_it_broke(caller: Caller, monkeyp
         kinds = [kind for kind, _ in other.events(request)]
     assert broken
     assert kinds == ["queued", "started", "started", "step", "step", "started", "done"]
+
+
+def test_a_service_may_be_silent_while_it_makes_the_file(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    request, spool, file = caller.submit(QUICK), caller.service.records.spool, io.BytesIO()
+    caller.wait(request)
+    make = spool.file
+    monkeypatch.setattr(spool, "file", lambda *work: time.sleep(1) or make(*work))
+    with Client(caller.url) as other:
+        other._http.timeout = httpx.Timeout(0.3)
+        other.fetch(request, 0, "png", file)
+    assert file.getvalue().startswith(b"\x89PNG")
+
+
+def test_a_result_is_forgotten_once_it_is_written(caller: Caller) -> None:
+    before = {record.id for record in caller.service.records.all()}
+    assert run(["generate", "--server", caller.url, "a fox", "--steps", "1", "-q"]) == 0
+    assert {record.id for record in caller.service.records.all()} == before
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (client.ServiceError("the line went dead"), 4),
+        (OSError(28, "No space left on device"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=repr,
+)
+def test_a_result_that_cannot_be_brought_here_stays_and_can_be_fetched(
+    caller: Caller, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, failure: Any, code: int
+) -> None:
+    def fails(*_: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(Client, "fetch", fails)
+    assert run(["generate", "--server", caller.url, "a fox", "--steps", "1", "-q"]) == code
+    (where,) = re.findall(r"the service still has the result; to get it: curl -o FILE '(.*)'", capsys.readouterr().err)
+    assert httpx.get(where).content.startswith(b"\x89PNG")
+    assert os.listdir() == []
 
 
 def test_ctrl_c_takes_the_request_back(caller: Caller, tmp_path: Path) -> None:

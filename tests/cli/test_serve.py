@@ -42,7 +42,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--disagg-role", "denoiser"], "name the cluster to join by --address"),
         (["--disagg-role", "monolithic", "--address", "here:1"], "--pools monolithic=1"),
         (
-            ["--disagg-role", "server", "--pools", "denoiser=1"],
+            ["--disagg-role", "server", "--address", "here:1", "--pools", "denoiser=1"],
             "--pools belongs to the command that starts the cluster",
         ),
         (["--threads", "many"], "--threads"),
@@ -144,6 +144,14 @@ def test_pools_address_and_role_imply_ray(engines: Any, options: list[str], expe
     assert engines == [("ray", ("model",), {**PLAIN, **ROUTING, **connecting, **expected})]
 
 
+def test_a_router_without_pools_has_to_be_told_of_those_that_it_joins(
+    engines: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["serve", "model", "--disagg-role", "server"]) == 2
+    assert "--disagg-role server: name the cluster to join by --address" in capsys.readouterr().err
+    assert engines == []
+
+
 def test_a_role_joins_a_cluster_and_serves_no_http(engines: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", "model", "--disagg-role", "denoising", "--address", "here:1", "--no-prompt-cache"]) == 0
     ((name, args, options),) = engines
@@ -151,6 +159,42 @@ def test_a_role_joins_a_cluster_and_serves_no_http(engines: Any, capsys: pytest.
     options.pop("on_ready")({"name": "denoiser-1", "loaded_bytes": 17_900_000})
     assert options == {**PLAIN, "prompt_cache": 0}
     assert capsys.readouterr().out == "Triptych has joined the service at here:1 (denoiser-1; 17.9 MB loaded)\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--host", "127.0.0.1"],
+        ["--port", "8000"],  # though it is the default
+        ["--drain", "5"],
+        ["--api-key", "secret"],
+        ["--insecure"],
+        ["--cors-origin", "https://example.org"],
+        ["--ssl-certfile", "cert.pem"],
+        ["--lora-dir", "."],
+        ["--max-prompt", "9"],
+        ["--state-dir", "state"],
+        ["--no-state"],
+        ["--policy", "round_robin"],
+        ["--max-waiting", "9"],
+        ["--no-warm-up"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_a_role_that_joins_is_given_no_option_that_it_would_not_heed(
+    engines: Any, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert run(["serve", "model", "--disagg-role", "denoiser", "--address", "here:1", *options]) == 2
+    told = capsys.readouterr().err
+    assert options[0] in told.partition(": for the command that listens")[0]
+    assert "leave it out of --disagg-role denoiser" in told and "secret" not in told
+    assert engines == []
+
+
+def test_a_key_in_the_environment_keeps_no_role_from_joining(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIPTYCH_API_KEY", "secret")
+    assert run(["serve", "model", "--disagg-role", "denoiser", "--address", "here:1"]) == 0
+    assert [name for name, _, _ in engines] == ["join"]
 
 
 def test_folders_with_loras_reach_the_server_and_have_to_exist(

@@ -143,6 +143,11 @@ def test_the_unit_starts_what_exists() -> None:
     assert int(unit["Service"]["TimeoutStopSec"]) > drain
 
 
+def test_the_unit_keeps_requests_to_its_user() -> None:
+    unit = (DEPLOY / "systemd" / "triptych.service").read_text().splitlines()
+    assert {"StateDirectory=triptych", "StateDirectoryMode=0700", "UMask=0077"} <= set(unit)
+
+
 def test_prometheus_is_told_where_to_ask() -> None:
     (job,) = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
     assert job["static_configs"] == [{"targets": ["127.0.0.1:8000"]}]

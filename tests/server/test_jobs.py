@@ -1,6 +1,7 @@
 """The job store: what is in it after whatever happened."""
 
 import json
+import os
 import sqlite3
 import stat
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from triptych.errors import UsageError
 from triptych.server import jobs
 from triptych.server.jobs import JobStore, StoredJob, default_folder, open_default, write_atomically
+from triptych.server.spool import Spool
 
 BODY = json.dumps({"parameters": {"prompt": "a fox"}}).encode()
 
@@ -88,20 +90,51 @@ def test_interruptions_are_counted_and_queue_a_job_again(tmp_path: Path) -> None
 
 def test_files_that_no_row_speaks_of_are_swept_away(tmp_path: Path) -> None:
     store = JobStore(tmp_path)
-    for name in ("video_1", "video_2", "video_3"):
+    done, failed, queued, *lost = (f"video_{k:024x}" for k in range(6))
+    for name in (done, failed, queued):
         store.add(job(name), BODY)
         (store.results / name).mkdir()
-    store.ended("video_1", "done", outputs=1)
-    store.ended("video_2", "failed", error={"status": 500, "code": "internal", "message": "no"})
-    (store.results / ".video_9.partial").mkdir()
-    (tmp_path / "inputs" / "video_8.json").write_bytes(BODY)
-    (tmp_path / "inputs" / ".video_7.json.partial").write_bytes(BODY[:3])
+    store.ended(done, "done", outputs=1)
+    store.ended(failed, "failed", error={"status": 500, "code": "internal", "message": "no"})
+    (store.results / f".{lost[0]}.partial").mkdir()
+    (store.results / f"image_{0:032x}").mkdir()
+    (tmp_path / "inputs" / f"{lost[1]}.json").write_bytes(BODY)
+    (tmp_path / "inputs" / f".{lost[2]}.json.partial").write_bytes(BODY[:3])
     store.close()
     store = JobStore(tmp_path)
-    assert [path.name for path in store.results.iterdir()] == ["video_1"]
-    assert [path.name for path in (tmp_path / "inputs").iterdir()] == ["video_3.json"]
+    assert [path.name for path in store.results.iterdir()] == [done]
+    assert [path.name for path in (tmp_path / "inputs").iterdir()] == [f"{queued}.json"]
     assert store.all()[1].error == {"status": 500, "code": "internal", "message": "no"}
     store.close()
+
+
+FOREIGN = ["results/book/one.txt", "results/notes.txt", "results/req_1/cat.png", "inputs/a/b.csv", "inputs/a.json"]
+
+
+def put(folder: Path, foreign: list[str]) -> None:
+    for name in foreign:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("years of work")
+
+
+def test_what_others_put_into_a_folder_is_neither_removed_nor_counted(tmp_path: Path) -> None:
+    JobStore(tmp_path).close()
+    put(tmp_path, FOREIGN)
+    store = JobStore(tmp_path)
+    spool = Spool(10**9, store.results)
+    assert (store.submitted_bytes(), spool.nbytes) == (0, 0)
+    assert {(tmp_path / name).read_text() for name in FOREIGN} == {"years of work"}
+    spool.close()
+    store.close()
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_folder_of_others_is_refused_and_left_as_it_is(tmp_path: Path, name: str) -> None:
+    put(tmp_path, [name])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=f"--state-dir {tmp_path}: .*choose an empty folder"):
+        JobStore(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_folder_has_one_server(tmp_path: Path) -> None:
@@ -115,6 +148,20 @@ def test_a_folder_has_one_server(tmp_path: Path) -> None:
 def test_only_its_owner_may_read_a_folder(tmp_path: Path) -> None:
     JobStore(tmp_path / "state").close()
     assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
+
+
+def test_only_its_owner_may_read_what_is_in_a_folder_that_others_may_enter(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    umask = os.umask(0o022)
+    try:
+        store = JobStore(tmp_path)
+        store.add(job(), BODY)
+    finally:
+        os.umask(umask)
+    private = [tmp_path / "results", tmp_path / "inputs", *tmp_path.glob("jobs.sqlite3*")]
+    assert len(private) == 5  # SQLite's journal and its index are two
+    assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in private} == {0}
+    store.close()
 
 
 def test_a_folder_that_cannot_be_used_is_told(tmp_path: Path) -> None:
@@ -147,6 +194,21 @@ def test_every_model_has_a_folder_and_every_server_of_it_another(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert open_default("maker/model-1") is None
     assert "nothing is kept beyond this process" in caplog.text
+
+
+def test_a_model_on_this_machine_is_known_by_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = tmp_path / "one" / "model", tmp_path / "other" / "model"
+    for folder in (one, other):
+        folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(one)
+    monkeypatch.chdir(one)
+    expected = default_folder(".")
+    assert expected.name.startswith("model-")
+    assert {default_folder(each) for each in (str(one), f"{one}/", str(tmp_path / "link"))} == {expected}
+    monkeypatch.chdir(one.parent)
+    assert {default_folder(each) for each in ("model", "./model", "../one/model")} == {expected}
+    monkeypatch.chdir(other)
+    assert default_folder(".") != expected
 
 
 def test_a_file_is_written_in_full_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

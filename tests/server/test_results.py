@@ -283,6 +283,8 @@ def test_videos_that_last_are_on_disk_before_they_are_told_of_and_nothing_else_w
         ("videos", "*/*", "mp4"),
         ("videos", "image/*", "webp"),
         ("videos", "image/gif", "gif"),
+        ("videos", "text/html,image/webp,*/*;q=0.8", "mp4"),
+        ("videos", "text/html,image/webp", "webp"),
     ],
 )
 def test_the_format_accepted_best_is_taken(makes: str, accept: str | None, expected: str) -> None:

@@ -22,7 +22,7 @@ from serving import engine as embedded_engine
 import triptych
 from triptych import embedded
 from triptych.engine.base import Engine
-from triptych.server.jobs import JobStore, StoredJob
+from triptych.server.jobs import JobStore, StoredJob, is_ours
 from triptych.server.limits import Limits
 from triptych.server.openai.video_order import order_of
 
@@ -266,6 +266,21 @@ def test_results_of_a_server_before_count_and_go_first(wan: Engine, tmp_path: Pa
         while len(list((tmp_path / "results").iterdir())) > 2 and time.monotonic() < end:
             time.sleep(0.02)
         assert sorted(path.name for path in (tmp_path / "results").iterdir()) == sorted(kept)
+
+
+def test_what_requests_leave_behind_is_known_for_ours(wan: Engine, tmp_path: Path) -> None:
+    parameters = {"prompt": "a dog", "num_inference_steps": 1}
+    with serving(embedded_engine(), None, JobStore(tmp_path)) as client:
+        body = {**parameters, "response_format": "url"}
+        assert httpx.post(f"{client.root}/v1/images/generations", json=body, timeout=30).status_code == 200
+        made = httpx.post(f"{client.root}/v1/requests", json={"parameters": parameters}, timeout=30).json()["id"]
+        until(f"{client.root}/v1/requests/{made}", ended)
+    with serving(wan, None, JobStore(tmp_path)) as client:
+        made = httpx.post(f"{client.root}/v1/videos", json=QUICK).json()["id"]
+        until(f"{client.root}/v1/videos/{made}", is_done)
+    left = [path.name for path in (tmp_path / "results").iterdir()]
+    assert {name.partition("_")[0] for name in left} == {"image", "req", "video"}
+    assert all(is_ours(name) for name in left)
 
 
 def numbers(client: Client, name: str, last: int | str) -> list[int]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -18,10 +19,14 @@ from serving import LONG, QUICK, Caller, idle, level, running
 
 import triptych
 from triptych.cli.console import logging_to, stderr_console
+from triptych.cli.leaving import in_order
 from triptych.errors import UsageError
 from triptych.server.front import Front, listen
+from triptych.server.jobs import JobStore
 from triptych.server.limits import Limits
 from triptych.server.serve import Stop, drain
+from triptych.server.serve import serve as serve_over_http
+from triptych.server.spool import Spool
 
 
 @contextmanager
@@ -106,6 +111,50 @@ def test_a_second_signal_stops_at_once_and_readers_learn_of_it(
         assert started.stderr is not None
         assert started.stderr.read().splitlines()[1:] == [f"warning: 1 requests had not finished: {words}"]
     assert level(tmp_path) == set()
+
+
+def test_signals_while_an_idle_server_closes_break_nothing_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Idle:
+        def close(self, timeout: float) -> None:
+            pass
+
+    closed: list[str] = []
+
+    def signalled(owner: type, name: str) -> None:
+        close = getattr(owner, name)
+
+        def then(*args: Any, **options: Any) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            closed.append(owner.__name__)
+            close(*args, **options)
+
+        monkeypatch.setattr(owner, name, then)
+
+    for owner, name in ((JobStore, "close"), (Idle, "close"), (Front, "__exit__"), (Spool, "close")):
+        signalled(owner, name)
+    with in_order() as came:  # as the command line has it
+        serve_over_http(
+            Idle,  # type: ignore[arg-type]
+            lambda *_: signal.raise_signal(signal.SIGTERM),
+            host="127.0.0.1",
+            port=0,
+            store=JobStore(tmp_path),
+        )
+    assert (closed, came) == (["JobStore", "Idle", "Front", "Spool", "JobStore"], [])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_end_of_serving_does_not_become_the_exit_code(tmp_path: Path, number: int) -> None:
+    with process(tmp_path) as started:
+        ready(started)
+        started.send_signal(number)
+        end = time.monotonic() + 20
+        while level(tmp_path):  # the last that goes
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.5)  # the interpreter ends, which takes longer than this where it matters
+        started.send_signal(number)
+        assert started.wait(timeout=20) == 0
 
 
 def test_draining_waits_for_results_to_be_fetched_but_not_for_ever(serve: Callable[..., Caller]) -> None:

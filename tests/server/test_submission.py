@@ -1,5 +1,8 @@
 """Submissions: what a model is not asked to make, because it would be too large."""
 
+import base64
+import io
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +118,17 @@ def test_the_steps_of_all_levels_of_a_pyramid_are_bounded_together() -> None:
         with pytest.raises(ParameterError, match="at most 1000 steps are accepted") as caught:
             request_of(Submission(parameters={name: levels}), Limits())  # type: ignore[dict-item]
         assert caught.value.field == name
+
+
+def test_a_picture_whose_exif_data_cannot_be_read_is_refused_by_name() -> None:
+    # Turned by 90 degrees, and with a unit of resolution (296) that is larger than such a unit can be.
+    fields = struct.pack("<IHHHIIHHIII", 8, 2, 274, 3, 1, 6, 296, 4, 1, 70_000, 0)
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", exif=b"Exif\0\0II*\0" + fields)
+    sent = base64.b64encode(file.getvalue()).decode()
+    with pytest.raises(ParameterError, match="this picture cannot be read") as caught:
+        request_of(Submission(parameters={"image": sent}), Limits())
+    assert caught.value.field == "image"
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from triptych.cli.errors import reported
 from triptych.cli.leaving import at_once
 from triptych.cli.options import MODEL_HELP, Debug, Dtype, Revision, Variant, dtype_spec
 from triptych.cli.output import progress
+from triptych.cli.remote import as_json, check_json
 from triptych.errors import UsageError
 from triptych.result import check_folder
 
@@ -124,8 +125,11 @@ def _asking(
         given = [option for option, value in places.items() if value is not None]
         if model is not None or given:
             raise UsageError(f"--server: {'the model' if model else given[0]} is the service's to choose")
+        sent = {name: as_json(value) for name, value in parameters.items()}
+        for name, value in sent.items():
+            check_json(name, value)
         with Client(server) as client, _Service(client) as service:
-            yield lambda number: service.ask({**parameters, "seed": number})
+            yield lambda number: service.ask({**sent, "seed": number})
         return
     from triptych import embedded
 

@@ -95,7 +95,7 @@ class Client:
             time.sleep(1.0)
 
     def fetch(self, request: dict[str, Any], index: int, format: str, file: BinaryIO) -> None:
-        """Write one output of a request into a file.
+        """Write one output of a request into a file. A service makes it when it is asked: it may be silent for long.
 
         Raises:
             ServiceError: the service does not hand it over.
@@ -103,8 +103,9 @@ class Client:
         import httpx
 
         query: dict[str, str | int] = {"index": index, "format": format}
+        patience = httpx.Timeout(_TIMEOUT, read=None)
         try:
-            with self._http.stream("GET", request["links"]["result"], params=query) as response:
+            with self._http.stream("GET", request["links"]["result"], params=query, timeout=patience) as response:
                 self._check(response)
                 file.writelines(response.iter_bytes())
         except httpx.HTTPError as error:

@@ -60,6 +60,8 @@ def open_images(paths: list[Path], option: str = "--image") -> Image | list[Imag
         return None
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    from triptych.server.submission import UNREADABLE
+
     images = []
     for path in paths:
         try:
@@ -69,6 +71,6 @@ def open_images(paths: list[Path], option: str = "--image") -> Image | list[Imag
             raise UsageError(f"{option} {path}: this is no image") from error
         except OSError as error:
             raise UsageError(f"{option} {path}: {error.strerror or f'damaged ({error})'}") from error
-        except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (*UNREADABLE, Image.DecompressionBombError) as error:
             raise UsageError(f"{option} {path}: cannot be read: {error}") from error
     return images[0] if len(images) == 1 else images

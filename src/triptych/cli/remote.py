@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,13 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from triptych.cli.arguments import Asked
-from triptych.cli.client import Client, ServiceError
+from triptych.cli.client import KEY, Client, ServiceError
 from triptych.cli.output import check_output, output_path, progress, summary
 from triptych.errors import ParameterError, UnknownParameterError, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.console import Console
+
+log = logging.getLogger(__name__)
 
 _FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4", ".gif": "gif"}
 
@@ -41,7 +45,8 @@ def check_remote(arguments: list[str], local: Mapping[str, object]) -> None:
 def generate_remotely(url: str, asked: Asked, output: Path | None, console: Console) -> list[Path]:
     """Have a service make what is asked for, and write it here; returns the files written.
 
-    A request whose result is not wanted any more (an error, Ctrl-C) is taken back.
+    A request that is not wanted any more (an error, Ctrl-C) is taken back, unless it is done: what could not be brought
+    here stays there, and a warning says how to get it.
 
     Raises:
         UsageError: a parameter or the output is not accepted.
@@ -55,12 +60,20 @@ def generate_remotely(url: str, asked: Asked, output: Path | None, console: Cons
             kind, prompt = request["makes"], str(asked.values["prompt"])
             check_output(output, kind)
             _follow(client, request, console)
+        except BaseException:
+            client.forget(request)
+            raise
+        try:
             done = client.get(request["links"]["self"])
             path = output_path(output, kind, prompt=prompt, seed=done["seed"], count=done["outputs"])
             fetching = time.perf_counter()
             written = _fetch(client, request, path, done["outputs"])
-        finally:
-            client.forget(request)
+        except BaseException:
+            key = f'-H "Authorization: Bearer ${KEY}" ' if os.environ.get(KEY) else ""
+            where = f"{client.url}{request['links']['result']}?index=0"
+            log.warning("the service still has the result; to get it: curl -o FILE %s'%s'", key, where)
+            raise
+        client.forget(request)
     seconds = {**done["timings"], "fetching": time.perf_counter() - fetching, "in all": time.perf_counter() - began}
     summary(console, seconds, done["seed"])
     return written
@@ -68,9 +81,9 @@ def generate_remotely(url: str, asked: Asked, output: Path | None, console: Cons
 
 def _submit(client: Client, asked: Asked) -> dict[str, Any]:
     def post(values: dict[str, Any]) -> dict[str, Any]:
-        plain = {name: _as_json(value) for name, value in values.items()}
+        plain = {name: as_json(value) for name, value in values.items()}
         for name, value in plain.items():
-            _check_json(name, value)
+            check_json(name, value)
         return client.submit(plain)
 
     with asked.naming_options():
@@ -110,14 +123,14 @@ def _fetch(client: Client, request: dict[str, Any], path: Path, count: int) -> l
     return paths
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Return a parameter's value as it travels: pictures as data URLs."""
     if isinstance(value, list):
-        return [_as_json(each) for each in value]
+        return [as_json(each) for each in value]
     return _data_url(value) if hasattr(value, "tobytes") else value
 
 
-def _check_json(name: str, value: Any) -> None:
+def check_json(name: str, value: Any) -> None:
     """Check that a value can be sent.
 
     Raises:

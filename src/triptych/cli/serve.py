@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import importlib.util
+import signal
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,8 +35,13 @@ def _gpus(help: str) -> Any:
     return typer.Option(metavar="N", min=0, help=help, rich_help_panel=_RAY)
 
 
+_ROUTING = {"policy", "max_waiting", "warm_up"}
+"""What a router is asked for, beside HTTP; a replica that is added has no use for either."""
+
+
 @accelerated
 def serve(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)] = None,
     host: Annotated[
         str, typer.Option(help="The address to listen on; 0.0.0.0 for all.", rich_help_panel=_HTTP)
@@ -241,7 +248,7 @@ def serve(
         role = None if disagg_role is None else RoleType(disagg_role)
         if role is RoleType.MONOLITHIC:
             raise UsageError("--disagg-role monolithic: a whole model is a pool of its own: --pools monolithic=1")
-        if role in WORKERS and address is None:
+        if role is not None and address is None:
             raise UsageError(f"--disagg-role {role}: name the cluster to join by --address HOST:PORT")
         gpus = {RoleType(name): count for name, count in cards.items() if count is not None}
         for other in gpus:
@@ -252,6 +259,10 @@ def serve(
         if role in WORKERS and transport is not None:
             raise UsageError(
                 f"--transport: a replica that is added uses the service's; leave it out of --disagg-role {role}"
+            )
+        if role in WORKERS and (idle := _router_options(context)):
+            raise UsageError(
+                f"{', '.join(idle)}: for the command that listens; leave it out of --disagg-role {role}, which only joins"
             )
         options: dict[str, Any] = {
             "dtype": dtype_spec(dtype),
@@ -322,3 +333,25 @@ def serve(
             return None if no_state else open_default(source) if state_dir is None else JobStore(state_dir)
 
         listen(build, host, port, drain, keep, **reach, insecure=insecure)
+        atexit.register(_heed_no_signal)
+
+
+def _heed_no_signal() -> None:
+    """Let no further signal become the exit code of a server that has stopped.
+
+    The interpreter's own end takes seconds with these libraries, and by then has given up Python's handlers.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if (number := getattr(signal, name, None)) is not None:  # Windows has no SIGHUP
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _router_options(context: typer.Context) -> list[str]:
+    """Return those options for HTTP and routing that the command line has. The key may be in everyone's environment."""
+    return [
+        "/".join((*option.opts, *option.secondary_opts))
+        for option in context.command.params
+        if (getattr(option, "rich_help_panel", None) == _HTTP or option.name in _ROUTING)
+        and (source := context.get_parameter_source(option.name)) is not None
+        and source.name == "COMMANDLINE"
+    ]

@@ -136,7 +136,8 @@ def create_app(service: Service, access: Access | None = None) -> FastAPI:
         _check_done(record)
         if not 0 <= index < record.outputs:
             raise ParameterError("index", index, f"there are {record.outputs} results, from 0 on")
-        wanted = formats.accepted(record.makes, accept) if format is None else formats.named(record.makes, format)
+        makes, kept = record.makes, _kept_as(record)
+        wanted = formats.accepted(makes, accept, kept) if format is None else formats.named(makes, format, kept)
         record.fetched = True
         work = (record.id, index, record.outputs, wanted.suffix)
         try:
@@ -202,6 +203,14 @@ def _check_done(record: Record) -> None:
     if record.status != "done":
         problem = record.error or Problem(410, record.status, f"{record.id} was {record.status}")
         raise Refusal(410, problem.code, f"there is no result: {problem.message}")
+
+
+def _kept_as(record: Record) -> str | None:
+    """Return the suffix of the only files that are kept of a record's result; None where it can be had in any format."""
+    if record.told.get("object") == "video":
+        return ".mp4"
+    suffix: str | None = record.told.get("suffix")
+    return suffix
 
 
 def _answer_errors(app: FastAPI) -> None:

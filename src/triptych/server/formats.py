@@ -34,34 +34,49 @@ MEDIA_TYPES = sorted({each.media_type for several in FORMATS.values() for each i
 _ALIASES = {"jpg": "jpeg"}
 
 
-def named(makes: str, name: str) -> Format:
+def named(makes: str, name: str, kept: str | None = None) -> Format:
     """Return the format of that name.
+
+    Args:
+        kept: the suffix of the only files that there are of the outputs; None where they can be made in any format.
 
     Raises:
         ParameterError: such outputs cannot be had in it.
     """
     wanted = _ALIASES.get(name.lower(), name.lower())
-    for each in FORMATS[makes]:
+    offered = _offered(makes, kept)
+    for each in offered:
         if each.name == wanted:
             return each
-    raise ParameterError("format", name, f"{makes} can be had as {', '.join(each.name for each in FORMATS[makes])}")
+    names = ", ".join(each.name for each in offered)
+    raise ParameterError("format", name, f"{_what(makes, kept)} can be had as {names}")
 
 
-def accepted(makes: str, accept: str | None) -> Format:
-    """Return the format that an `Accept` header prefers.
+def accepted(makes: str, accept: str | None, kept: str | None = None) -> Format:
+    """Return the format that an `Accept` header prefers; `kept` as in `named`.
 
     Raises:
         Refusal: it takes none that there is.
     """
-    offered = FORMATS[makes]
+    offered = _offered(makes, kept)
     if not accept or not accept.strip():
         return offered[0]
     ranges = [_range(part) for part in accept.split(",")]
+    if makes == "videos" and any(name == "text/html" for name, _ in ranges) and _quality(offered[0], ranges) > 0:
+        return offered[0]  # a browser goes to the address: the pictures that it names are no wish for a moving one
     best = max(offered, key=lambda each: (_quality(each, ranges), -offered.index(each)))
     if _quality(best, ranges) > 0:
         return best
     media_types = ", ".join(each.media_type for each in offered)
-    raise Refusal(406, "not_acceptable", f"{makes} can be had as {media_types}, not as {accept}")
+    raise Refusal(406, "not_acceptable", f"{_what(makes, kept)} can be had as {media_types}, not as {accept}")
+
+
+def _offered(makes: str, kept: str | None) -> tuple[Format, ...]:
+    return tuple(each for each in FORMATS[makes] if kept in (None, each.suffix))
+
+
+def _what(makes: str, kept: str | None) -> str:
+    return makes if kept is None else "this result"
 
 
 def _range(text: str) -> tuple[str, float]:

@@ -34,6 +34,9 @@ _VERSION = 1
 """Of the table; a folder with another one is left alone."""
 _SIBLINGS = 16
 """Servers of one model that find a default folder of their own."""
+_DATABASE = "jobs.sqlite3"
+_OURS = re.compile(r"\.?(req|video|image)_[0-9a-f]{24,32}(\.json)?(\.partial)?")
+"""What lies under `inputs` and `results`: it has a request's id for its name, complete or not."""
 
 _TABLE = """
 CREATE TABLE jobs (
@@ -96,19 +99,22 @@ class JobStore:
     """Keeps jobs in a folder that no other process uses meanwhile. Blocks on the disk: not for the event loop's thread.
 
     Attributes:
-        folder: where all of it lies; only its owner may read it.
+        folder: where all of it lies; only its owner may read what is in it.
         results: where the results' folders lie.
 
     Raises:
-        UsageError: the folder cannot be used.
+        UsageError: the folder cannot be used, or has files of somebody else's in the place of ours.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.results, self._inputs = folder / "results", folder / "inputs"
         try:
+            if not (folder / _DATABASE).exists():
+                self._check_free()
             for each in (folder, self.results, self._inputs):
                 each.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (folder / _DATABASE).touch(mode=0o600)  # SQLite would let others read it; its journal takes the mode over
             self._owner = _lock(folder)
         except OSError as error:
             raise UsageError(f"--state-dir {folder}: {error.strerror or error}") from None
@@ -122,8 +128,15 @@ class JobStore:
             raise
         self._sweep()
 
+    def _check_free(self) -> None:
+        for each in (self.results, self._inputs):
+            for path in each.iterdir() if each.is_dir() else ():
+                if not is_ours(path.name):
+                    words = f"it is in use already: {path} is not of Triptych's making; choose an empty folder"
+                    raise UsageError(f"--state-dir {self.folder}: {words}")
+
     def _connect(self) -> sqlite3.Connection:
-        path = self.folder / "jobs.sqlite3"
+        path = self.folder / _DATABASE
         try:
             database = sqlite3.connect(path, check_same_thread=False)
             database.row_factory = sqlite3.Row
@@ -141,15 +154,15 @@ class JobStore:
         return database
 
     def _sweep(self) -> None:
-        """Remove the files that no row speaks of: their process died before it wrote one, or after it was removed."""
+        """Remove our files that no row speaks of: their process died before it wrote one, or after it was removed."""
         jobs = {job.id: job for job in self.all()}
         for path in self._inputs.iterdir():
-            if path.stem not in jobs or jobs[path.stem].ended is not None:
-                path.unlink(missing_ok=True)
-            else:
+            if path.stem in jobs and jobs[path.stem].ended is None:
                 self._submitted[path.stem] = path.stat().st_size
+            elif is_ours(path.name):
+                path.unlink(missing_ok=True)
         for path in self.results.iterdir():
-            if path.name not in jobs or jobs[path.name].status != "done":
+            if is_ours(path.name) and (path.name not in jobs or jobs[path.name].status != "done"):
                 shutil.rmtree(path, ignore_errors=True)
 
     def add(self, job: StoredJob, submission: bytes | None) -> None:
@@ -260,12 +273,19 @@ class JobStore:
         return self._inputs / f"{name}.json"
 
 
+def is_ours(name: str) -> bool:
+    """Return whether something in a store's folders was put there by a server: nothing else is counted or removed."""
+    return _OURS.fullmatch(name) is not None
+
+
 def default_folder(source: str) -> Path:
     """Return the folder of a model's jobs: below `$TRIPTYCH_CACHE`, or where the system keeps users' state.
 
-    Two models do not share one, since a job can only be run by the model that it was submitted to. A second server of
-    the same model gets the next folder.
+    Two models do not share one, since a job can only be run by the model that it was submitted to; a model on this
+    machine is known by where it lies, however that is written. A second server of the same model gets the next folder.
     """
+    local = os.path.expanduser(source)  # as the model is looked for
+    source = os.path.realpath(local) if os.path.isdir(local) else source
     cache, state = os.environ.get("TRIPTYCH_CACHE"), os.environ.get("XDG_STATE_HOME")
     base = Path(cache, "state") if cache else Path(state or Path.home() / ".local" / "state", "triptych")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.rstrip("/").rpartition("/")[2])[:60] or "model"

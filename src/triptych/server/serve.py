@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 from triptych.engine.base import Engine
@@ -58,34 +58,40 @@ def serve(
         TriptychError: the engine cannot be made, or the address is taken.
     """
     service = Service(limits, store=store)
-    try:
-        access = (access or Access()).listening_on(host)
-        with Front(create_app(service, access), host, port, tls) as front:
-            engine = build()
-            try:
-                service.engine = engine
-                with _signals() as stop:
+    with ExitStack() as outermost:  # its end comes last: from `_signals` on, no signal breaks the closing off
+        try:
+            access = (access or Access()).listening_on(host)
+            with Front(create_app(service, access), host, port, tls) as front:
+                engine = build()
+                try:
+                    stop = outermost.enter_context(_signals())
+                    service.engine = engine
                     announce(engine, front.url)
                     while not stop.asked and front.alive:
                         time.sleep(0.1)
                     if not front.alive:
                         raise TriptychError("the HTTP server ended by itself")
                     drain(service, patience, stop)
-            finally:
-                service.draining = True
-                if store is not None:
-                    store.close()  # from here on nothing is noted: what has not ended is left to the next server
-                kept = sum(record.lasting for record in service.records.unfinished())
-                cancelled = service.cancel_all() - kept
-                if kept:
-                    log.warning("%d requests had not finished: the next server of this model runs them", kept)
-                if cancelled:
-                    log.warning("%d requests had not finished: they are cancelled", cancelled)
-                engine.close(timeout=0)
-    finally:
-        service.records.spool.close()
-        if store is not None:
-            store.close()
+                finally:
+                    _leave(service, engine)
+        finally:
+            service.records.spool.close()
+            if store is not None:
+                store.close()
+
+
+def _leave(service: Service, engine: Engine) -> None:
+    """Let go of what has not finished, and of the engine."""
+    service.draining = True
+    if (store := service.records.store) is not None:
+        store.close()  # from here on nothing is noted: what has not ended is left to the next server
+    kept = sum(record.lasting for record in service.records.unfinished())
+    cancelled = service.cancel_all() - kept
+    if kept:
+        log.warning("%d requests had not finished: the next server of this model runs them", kept)
+    if cancelled:
+        log.warning("%d requests had not finished: they are cancelled", cancelled)
+    engine.close(timeout=0)
 
 
 def drain(service: Service, patience: float, stop: Stop) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from triptych.errors import TriptychError, UsageError
 from triptych.result import Result, numbered
+from triptych.server.jobs import is_ours
 
 _RESULT, _THUMBNAIL = "result.safetensors", "thumbnail.webp"
 _THUMBNAIL_SIDE = 512
@@ -41,8 +42,9 @@ class Spool:
         self._making: dict[str, dict[str, threading.Lock]] = {}  # of each result, by the suffix of what is made of it
         self._lock = threading.Lock()
         for folder in () if lasting is None else lasting.iterdir():
-            self._lasting.add(folder.name)
-            self._sizes[folder.name] = sum(each.stat().st_size for each in folder.iterdir())
+            if is_ours(folder.name):
+                self._lasting.add(folder.name)
+                self._sizes[folder.name] = sum(each.stat().st_size for each in folder.iterdir())
         self.nbytes = sum(self._sizes.values())
 
     def put(self, name: str, result: Result, *, lasting: bool = False) -> None:

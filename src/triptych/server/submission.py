@@ -7,6 +7,7 @@ import binascii
 import io
 import math
 import re
+import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Of pictures that are read."""
+UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, struct.error, TypeError, LookupError, ArithmeticError, AttributeError
+)  # fmt: skip
+"""What Pillow raises, beside `DecompressionBombError`, for files that are damaged, and for EXIF data that are."""
 
 PICTURE = re.compile(r"(^|_)image$")
 """Names of parameters that are pictures."""
@@ -198,7 +203,7 @@ class _Pictures:
                     size = f"{opened.width}x{opened.height}"
                     raise ParameterError(name, size, f"at most {self.limits.pixels} pixels in all are accepted")
                 return ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (*UNREADABLE, Image.DecompressionBombError) as error:
             if isinstance(error, ParameterError):
                 raise
             raise ParameterError(name, told, f"this picture cannot be read: one of {', '.join(FORMATS)}") from None

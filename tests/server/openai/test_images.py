@@ -129,6 +129,22 @@ def test_an_address_serves_the_picture_without_a_key_and_only_that(client: opena
         assert httpx.get(urls[0].removesuffix("/0.webp") + other).status_code == 404
 
 
+def test_the_result_of_a_picture_with_an_address_is_the_file_that_is_kept(
+    caller: Caller, client: openai.OpenAI
+) -> None:
+    answer = client.images.generate(
+        prompt="a dog", response_format="url", output_format="jpeg", extra_body={"num_inference_steps": 1}
+    )
+    assert answer.data is not None and answer.data[0].url is not None
+    result = f"/v1/requests/{answer.data[0].url.split('/')[-2]}/result"
+    for sent in ({}, {"params": {"format": "jpg"}}, {"headers": {"Accept": "image/webp,*/*;q=0.8"}}):
+        response = caller.get(result, **sent)  # type: ignore[arg-type]
+        assert (response.status_code, response.content) == (200, httpx.get(answer.data[0].url).content), sent
+    other = caller.get(result, params={"format": "png"})
+    assert other.status_code == 400 and "this result can be had as jpeg" in other.json()["error"]["message"]
+    assert caller.get(result, headers={"Accept": "image/png"}).status_code == 406
+
+
 def test_addresses_expire_with_what_is_kept(serve: Callable[..., Caller]) -> None:
     client = client_of(serve(Limits(kept=1)).url)
     urls = []

@@ -358,6 +358,32 @@ def test_the_first_frame_is_a_file_or_an_address_of_data(
     assert "image" in post(client, **parameters).json()["error"]["message"]
 
 
+def test_a_form_carries_a_photo_as_an_address_of_data(film: Callable[..., Client], wan_i2v: Engine) -> None:
+    photo = io.BytesIO()
+    Image.new("RGB", (800, 600), "blue").save(photo, "BMP")
+    url = f"data:image/bmp;base64,{base64.b64encode(photo.getvalue()).decode()}"
+    assert len(url) > 1.5 * 2**20, "more than parts of forms may usually have"
+    fields = {"prompt": "a fox", "size": SMALL, **QUICK, "input_reference[image_url]": url}
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    response = httpx.post(f"{film(wan_i2v).root}/v1/videos", content=form(**fields), headers=kind, timeout=30)
+    assert response.status_code == 200, response.text
+
+
+def test_the_result_of_a_video_is_the_mp4_that_is_kept(filmer: Client) -> None:
+    video = post(filmer, **QUICK).json()["id"]
+    until(filmer, video, lambda video: video.status == "completed")
+    address = f"{filmer.root}/v1/requests/{video}/result"
+    mp4 = filmer.videos.download_content(video).content
+    for accept in ("text/html,image/webp,*/*;q=0.8", "image/webp,*/*;q=0.8", "video/mp4"):
+        response = httpx.get(address, headers={"Accept": accept})
+        assert (response.status_code, response.content) == (200, mp4), accept
+    assert httpx.get(address, params={"format": "mp4"}).content == mp4
+    other = httpx.get(address, params={"format": "gif"})
+    assert (other.status_code, other.json()["error"]["field"]) == (400, "format")
+    assert "this result can be had as mp4" in other.json()["error"]["message"]
+    assert httpx.get(address, headers={"Accept": "image/webp"}).status_code == 406
+
+
 def test_ranges_of_a_video_are_served(filmer: Client) -> None:
     video = post(filmer, **QUICK).json()["id"]
     until(filmer, video, lambda video: video.status == "completed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,7 +82,13 @@ class _Parser(MultiPartParser):
 
 
 async def _form(request: Request, files: int) -> Fields:
-    parser = _Parser(request.headers, request.stream(), max_files=files, max_fields=_FIELDS)
+    parser = _Parser(
+        request.headers,
+        request.stream(),
+        max_files=files,
+        max_fields=_FIELDS,
+        max_part_size=sys.maxsize,  # a text may be a photo's data URL, and `Uploads` bounds the body
+    )
     try:
         form = await parser.parse()
     except MultiPartException as error:
