@@ -1,32 +1,40 @@
-"""A result that is dropped just before it is sent."""
+"""Files of results that are dropped while they are on their way out."""
 
-import shutil
-from collections.abc import Callable
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
-from serving import QUICK, Caller
+
+from triptych.server.kept_file import KeptFile
+from triptych.server.problems import Refusal
+
+SCOPE: dict[str, Any] = {"type": "http", "method": "GET", "path": "/", "headers": [], "extensions": {}}
 
 
-def test_a_result_that_is_dropped_before_it_is_sent_is_404(
-    serve: Callable[..., Caller], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caller = serve()
-    request = caller.submit(QUICK)
-    caller.wait(request)
-    spool, made = caller.service.records.spool, caller.service.records.spool.file
+async def receive() -> dict[str, Any]:
+    await asyncio.Event().wait()
+    raise AssertionError
 
-    def make_and_drop(*work: object) -> Path:
-        path = made(*work)  # type: ignore[arg-type]
-        shutil.rmtree(path.parent)
-        return path
 
-    response = caller.get(request["links"]["result"])
-    assert (response.status_code, response.headers["content-length"]) == (200, str(len(response.content)))
-    head = caller.head(request["links"]["result"])
-    assert (head.status_code, head.content, head.headers["etag"]) == (200, b"", response.headers["etag"])
-    assert [caller.head(path).status_code for path in ("/health", "/ready")] == [200, 200]
-    monkeypatch.setattr(spool, "file", make_and_drop)
-    response = caller.get(request["links"]["result"])
-    assert response.status_code == 404
-    assert response.json()["error"]["code"] == "not_found"
+def test_a_file_that_is_dropped_after_its_headers_were_sent_comes_whole(tmp_path: Path) -> None:
+    path, content = tmp_path / "result.png", bytes(200_000)
+    path.write_bytes(content)
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        path.unlink(missing_ok=True)
+
+    asyncio.run(KeptFile(path, media_type="image/png")(SCOPE, receive, send))
+    assert sent[0]["status"] == 200 and (b"content-length", b"200000") in sent[0]["headers"]
+    assert b"".join(each["body"] for each in sent[1:]) == content
+
+
+def test_a_file_that_was_dropped_before_is_not_found(tmp_path: Path) -> None:
+    async def send(message: Any) -> None:
+        raise AssertionError(message)
+
+    with pytest.raises(Refusal) as refused:
+        asyncio.run(KeptFile(tmp_path / "gone.png")(SCOPE, receive, send))
+    assert refused.value.problem.status == 404

@@ -255,10 +255,9 @@ class RayEngine(Engine):
             return None
 
         def end() -> None:
-            with suppress(
-                WireError
-            ):  # of a copy: memory that was passed on keeps a descriptor as long as the result lives
-                self.router.settle(ticket, Handover(None, State.from_bytes(np.array(data).data)))
+            mine = np.array(data).data  # memory that was passed on would hold a descriptor as long as the result lives
+            with suppress(WireError):
+                self.router.settle(ticket, Handover(None, State.from_bytes(mine)))
 
         return end
 

@@ -210,8 +210,9 @@ class Router:
                 log.exception("%s: a segment could not be given to %s", ticket.job.id, replica.name)
                 failed.append((ticket, f"{replica.name} could not be given it ({error})"))
         for ticket, reason in failed:
-            self._take_back(ticket)
-            self._lose(ticket, reason, counts=True)
+            if ticket.replica is not None and ticket in ticket.replica.tickets:
+                self._take_back(ticket)
+                self._lose(ticket, reason, counts=True)
 
     def _note_start(self, ticket: Ticket, replica: Replica) -> None:
         ticket.replica, ticket.since = replica, time.monotonic()

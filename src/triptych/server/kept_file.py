@@ -28,8 +28,11 @@ class KeptFile(FileResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self.stat_result = await to_thread.run_sync(os.stat, self.path)
+            file = await to_thread.run_sync(open, self.path, "rb")
         except FileNotFoundError:
             raise Refusal(404, "not_found", "this result is no longer kept") from None
-        self.set_stat_headers(self.stat_result)
-        await super().__call__(scope, receive, send)
+        with file:
+            self.path = f"/dev/fd/{file.fileno()}"  # so that it comes whole though it is dropped meanwhile
+            self.stat_result = os.fstat(file.fileno())
+            self.set_stat_headers(self.stat_result)
+            await super().__call__(scope, receive, send)
