@@ -102,9 +102,9 @@ class Inbox:
         while True:
             try:
                 sender, _ = self._socket.accept()
-                message = select.poll()
-                message.register(sender, select.POLLIN)
-                if message.poll(_PROMPT):
+                coming = select.poll()
+                coming.register(sender, select.POLLIN)
+                if coming.poll(_PROMPT):
                     self._hear(sender)
                 else:
                     threading.Thread(target=self._hear, args=(sender,), name="inbox sender", daemon=True).start()

@@ -104,10 +104,8 @@ class RayReplica(Replica):
         """Ask for a sign of life, and say which tickets are still wanted."""
         self.asked = asked = time.monotonic()
 
-        def take_note(
-            future: Future[Any],
-        ) -> None:  # at once: who hears it may be busy, which is no fault of the replica
-            self._come = asked
+        def take_note(future: Future[Any]) -> None:
+            self._come = asked  # at once: who hears it may be busy, which is no fault of the replica's
             self._later("told", self, future, asked)
 
         beat = self.actor.beat.remote([ticket.name for ticket in self.tickets], LOOK)
