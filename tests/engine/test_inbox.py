@@ -1,5 +1,6 @@
 """States that go straight from one process to another."""
 
+import errno
 import os
 import queue
 import resource
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -172,14 +174,20 @@ def test_a_sender_that_says_nothing_holds_nobody_up(receiver: Receiver) -> None:
 
 
 def test_what_goes_wrong_with_one_state_does_not_make_it_deaf(receiver: Receiver) -> None:
-    def fail(order: Order, data: memoryview) -> Callable[[], None]:
+    def begin(order: Order, data: bytes) -> None:
+        if data == b"late":
+            raise OSError(errno.EBADF, "what accepting fails with once it is closed")
+        receiver.taken.put((order, data, 0))
+
+    def take(order: Order, data: memoryview) -> Callable[[], None]:
         if bytes(data) == b"evil":
             raise RuntimeError("a defect")
-        return lambda: receiver.taken.put((order, bytes(data), 0))
+        return partial(begin, order, bytes(data))
 
-    taking = Inbox(fail)
+    taking = Inbox(take)
     order = Order("a ticket", inbox=taking.address)
     assert not send(order, memoryview(b"evil"))
+    assert send(order, memoryview(b"late"))
     assert send(order, memoryview(b"state"))
     assert receiver.taken.get(timeout=5)[1] == b"state"
     taking.close()

@@ -15,6 +15,7 @@ import triptych
 import triptych.engine  # before ray: it asks for Ray's authentication
 from triptych.engine import attempt
 from triptych.engine.attempt import REMEMBERED
+from triptych.engine.couriers import Couriers
 from triptych.engine.inbox import Order, send
 from triptych.engine.ray_actor import ReplicaActor
 from triptych.errors import WireError, from_text
@@ -187,12 +188,12 @@ def test_a_ticket_whose_state_does_not_come_ends_when_its_router_has_been_silent
 def test_a_segment_that_has_begun_is_not_given_up_however_silent_its_router_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempt, "FORGOTTEN", -1.0)
     begun, never = attempt.Attempt(), attempt.Attempt()
-    assert begun.begin()
+    assert begun.begin(Order("begun"))
     for each in (begun, never):
         each._give_up()
     assert not begun.answer.done()
     assert never.wait()[0]["error"][0] == "WireError"
-    assert not never.begin()
+    assert not never.begin(Order("never"))
 
 
 def test_answers_that_nobody_asks_for_are_not_kept_for_ever(actors: dict[str, ReplicaActor]) -> None:
@@ -251,13 +252,13 @@ def test_large_states_are_not_written_by_the_thread_that_drives_the_lane(
     actors: dict[str, ReplicaActor], whole: triptych.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writers: dict[str, str] = {}
-    written = ReplicaActor._written
+    written = Couriers._written
 
-    def note(self: ReplicaActor, state: State) -> Any:
+    def note(self: Couriers, state: State) -> Any:
         writers[state.fields["output_type"]] = threading.current_thread().name
         return written(self, state)
 
-    monkeypatch.setattr(ReplicaActor, "_written", note)
+    monkeypatch.setattr(Couriers, "_written", note)
     decoder = actors["decoder"]
     for kind, size in (("pt", 64), ("pil", 160)):
         state = whole.admit(triptych.Request(**{**ASK, "output_type": kind, "height": size, "width": size}))

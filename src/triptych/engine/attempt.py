@@ -33,12 +33,15 @@ class Attempt:
     """A ticket that is begun by whatever brings its state first, and whose answer the router asks for.
 
     Attributes:
+        order: what is to be done with its state, once that has come.
         answer: what became of it, and the state after it in its wire form, or where it lies; empty where it failed.
         asked: whether the router has asked.
         progress: the stage, the step and the steps in all; None before the first.
         previews: the pictures on the way that were made so far: step, steps, PNG.
         wanted: when its router last said that it wants it.
     """
+
+    order: Order
 
     def __init__(self) -> None:
         self.answer: Future[Answer] = Future()
@@ -48,15 +51,23 @@ class Attempt:
         self.previews: list[tuple[int, int, bytes]] = []
         self._lock = threading.Lock()
         self._begun = self._cancelled = False
+        self._deadline: float | None = None
         self._work: Work | None = None
 
-    def begin(self) -> bool:
+    def begin(self, order: Order) -> bool:
         """Claim it; returns False where it was begun before, or taken back."""
         with self._lock:
             if self._begun or self._cancelled:
                 return False
-            self._begun = True
+            self._begun, self.order = True, order
+            if order.seconds_left is not None:
+                self._deadline = time.monotonic() + order.seconds_left
             return True
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the request's deadline; None where it has none."""
+        return None if self._deadline is None else self._deadline - time.monotonic()
 
     def wait(self) -> Answer:
         """Return what became of it. Where it has not begun and its router is silent, its state is taken not to come."""
@@ -82,9 +93,7 @@ class Attempt:
             if self._work is not None:
                 self._work.cancel()
 
-    def compute(
-        self, state: State, order: Order, lane: Lane, ended: Callable[[State | Exception, float], None]
-    ) -> None:
+    def compute(self, state: State, lane: Lane, ended: Callable[[State | Exception, float], None]) -> None:
         """Have the state's next segment run; returns at once.
 
         Args:
@@ -104,15 +113,14 @@ class Attempt:
         def report(stage: str, step: int, steps: int) -> None:
             self.progress = stage, step, steps
 
-        deadline = None if order.seconds_left is None else time.monotonic() + order.seconds_left
         wanted = None
-        if order.previews is not None:
-            count, matrix = order.previews
+        if self.order.previews is not None:
+            count, matrix = self.order.previews
             wanted = Previews(count, Projection(torch.tensor(matrix)), lambda *preview: self.previews.append(preview))
         with self._lock:
             if self._cancelled:
                 raise _taken_back()
-            self._work = work = Work(state, done, report, deadline, wanted)
+            self._work = work = Work(state, done, report, self._deadline, wanted)
         lane.put(work)
 
 

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TypeAlias
 
 log = logging.getLogger(__name__)
@@ -102,19 +102,22 @@ class Inbox:
         while True:
             try:
                 sender, _ = self._socket.accept()
+            except OSError as error:
+                if error.errno in (errno.EBADF, errno.EINVAL):  # closed
+                    return
+                log.warning("nothing can be taken at the moment: %s", error)
+                time.sleep(_REST)
+                continue
+            try:
                 coming = select.poll()
                 coming.register(sender, select.POLLIN)
                 if coming.poll(_PROMPT):
                     self._hear(sender)
                 else:
                     threading.Thread(target=self._hear, args=(sender,), name="inbox sender", daemon=True).start()
-            except OSError as error:
-                if error.errno in (errno.EBADF, errno.EINVAL):  # closed
-                    return
-                log.warning("nothing can be taken at the moment: %s", error)
-                time.sleep(_REST)
             except Exception:  # whoever sent goes through Ray, and others are still to be heard
                 log.exception("a state could not be taken")
+                sender.close()
 
     def _hear(self, sender: socket.socket) -> None:
         """Take the state that a process sends."""
@@ -169,7 +172,7 @@ def begin_sending(order: Order, data: memoryview, patience: float) -> socket.soc
     if order.inbox is None or len(data) > LARGEST:
         return None
     inside = len(data) <= SMALL
-    head = json.dumps(asdict(order), separators=(",", ":")).encode("ascii")
+    head = json.dumps(order, default=vars, separators=(",", ":")).encode("ascii")
     head += b" " * (-len(head) % 8)
     if len(head) > SMALL:
         return None

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
+from concurrent.futures import Future, wait
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 import triptych
-from triptych.errors import RemoteError, ReplicaRefusedError, WireError, from_text, to_text
+from triptych.errors import ReplicaRefusedError, from_text, to_text
 from triptych.roles import RoleType
 from triptych.runtime.collection import collection_paused
 
@@ -29,15 +26,12 @@ if TYPE_CHECKING:
     from triptych.engine.direct import Placed
     from triptych.engine.inbox import Order
     from triptych.engine.local import LanesReplica
-    from triptych.state import State
 
 log = logging.getLogger(__name__)
 
 
 LOOK = 1.5
 """Seconds that a sign of life may wait for the end of loading, so that it tells of that at once."""
-COURIERS = 64
-"""Threads that may send states, and wait until they were taken, at a time."""
 
 
 class ReplicaActor:
@@ -66,15 +60,14 @@ class ReplicaActor:
         faults: dict[str, float] | None = None,
     ) -> None:
         from triptych.engine.attempt import Attempts
+        from triptych.engine.couriers import Couriers
         from triptych.engine.inbox import Inbox
 
         if threads is not None:
             os.environ["OMP_NUM_THREADS"] = str(threads)  # read once, when torch is imported
         self._nixl = (expected or {}).get("transport") == "nixl"
-        self._faults = faults or {}
-        self._hops = {"count": 0, "bytes": 0, "seconds": 0.0}
         self._attempts = Attempts()
-        self._couriers = ThreadPoolExecutor(COURIERS, "courier", initializer=_copy_alone)
+        self._couriers = Couriers(nixl=self._nixl, faults=faults or {}, on_error=self._end_if_broken)
         self._inbox = Inbox(self._receive)
         self._identity: dict[str, str] = {}
         self._loaded: Future[LanesReplica] = Future()
@@ -140,7 +133,7 @@ class ReplicaActor:
         if ranks is not None:
             ranks.attach(model)
             budget = 0 if ranks.apart else budget
-        shares = {role: torch.get_num_threads() for role in model.roles}  # this thread's: see `_copy_alone`
+        shares = {role: torch.get_num_threads() for role in model.roles}  # this thread's: see `couriers.copy_alone`
         given = {RoleType(role): count for role, count in (slots or {}).items()}
         return LanesReplica(name, model, threads=shares, budget=budget, prompt_cache=prompt_cache, slots=given)
 
@@ -155,7 +148,7 @@ class ReplicaActor:
         Raises:
             Exception: what loading failed with.
         """
-        return {**self._replica.describe(), **self._identity, **self._process, "hops": dict(self._hops)}
+        return {**self._replica.describe(), **self._identity, **self._process, "hops": dict(self._couriers.hops)}
 
     @cached_property
     def _process(self) -> dict[str, Any]:
@@ -178,8 +171,8 @@ class ReplicaActor:
         attempt = self._attempts.open(order.ticket)
         attempt.asked = True
         try:
-            if data is not None and attempt.begin():
-                self._begin(attempt, order, data)
+            if data is not None and attempt.begin(order):
+                self._begin(attempt, data)
             return attempt.wait()
         finally:
             self._attempts.close(order.ticket)
@@ -188,85 +181,24 @@ class ReplicaActor:
     def hand(self, order: Order, data: npt.NDArray[np.uint8] | Placed) -> None:
         """Give a ticket that waits for its state what could not come straight from another process."""
         attempt = self._attempts.open(order.ticket)
-        if attempt.begin():
-            self._begin(attempt, order, data)
+        if attempt.begin(order):
+            self._begin(attempt, data)
 
     def _receive(self, order: Order, data: memoryview) -> Callable[[], None] | None:
         """Take a state that comes straight from another process."""
         attempt = self._attempts.open(order.ticket)
-        return partial(self._begin, attempt, order, data) if attempt.begin() else None
+        return partial(self._begin, attempt, data) if attempt.begin(order) else None
 
-    def _begin(self, attempt: Attempt, order: Order, data: memoryview | npt.NDArray[np.uint8] | Placed) -> None:
+    def _begin(self, attempt: Attempt, data: memoryview | npt.NDArray[np.uint8] | Placed) -> None:
         """Begin the segment of a state that has come."""
-        arrived = time.monotonic()
-        _copy_alone()
         try:
-            state = self._read(data)
+            state = self._couriers.read(data)
             self._replica.model.check_turn(state)
             assert state.next_role is not None
             lane = self._replica.lanes[state.next_role]
-            attempt.compute(state, order, lane, partial(self._ended, attempt, order, arrived))
+            attempt.compute(state, lane, partial(self._couriers.hand_on, attempt, lane.model.device))
         except Exception as error:  # noqa: BLE001 (told to the router, which knows whose fault it is)
-            self._couriers.submit(self._fail, attempt, error)
-
-    def _ended(
-        self, attempt: Attempt, order: Order, arrived: float, outcome: State | Exception, seconds: float
-    ) -> None:
-        """Hand on what a segment has left, in the thread that drives its lane; what would keep that, a courier does."""
-        from triptych.engine.inbox import PATIENCE, SMALL
-
-        if isinstance(outcome, Exception):
-            self._couriers.submit(self._fail, attempt, outcome)
-        elif outcome.nbytes <= SMALL and self._replica.model.device.type == "cpu":
-            self._hand_on(attempt, order, arrived, outcome, seconds, 0)
-        else:
-            self._couriers.submit(self._hand_on, attempt, order, arrived, outcome, seconds, 2 * PATIENCE)
-
-    def _hand_on(
-        self, attempt: Attempt, order: Order, arrived: float, state: State, seconds: float, patience: float
-    ) -> None:
-        """Send the state after a segment where it is waited for."""
-        from triptych.engine.inbox import LARGEST, begin_sending
-
-        after: npt.NDArray[np.uint8] | Placed | None = None
-        receiver = None
-        try:
-            if self._nixl and state.next_role is not None and (order.then is None or state.nbytes > LARGEST):
-                after = self._placed(state)
-            if after is None:
-                after = self._written(state)
-                if order.then is not None:
-                    left = None if order.seconds_left is None else order.seconds_left - (time.monotonic() - arrived)
-                    receiver = begin_sending(replace(order.then, seconds_left=left), after.data, patience)
-        except Exception as error:  # noqa: BLE001 (told to the router, which knows whose fault it is)
-            self._couriers.submit(self._fail, attempt, error)
-            return
-        outcome = {"turns": [role.value for role in state.route[state.position :]], "seconds": seconds}
-        self._couriers.submit(self._answer, attempt, outcome, after, receiver)
-
-    def _answer(
-        self,
-        attempt: Attempt,
-        outcome: dict[str, Any],
-        after: npt.NDArray[np.uint8] | Placed,
-        receiver: socket.socket | None = None,
-    ) -> None:
-        """Tell the router what became of a segment, and whether the next one has its state already."""
-        from triptych.engine.inbox import is_taken
-
-        outcome["handed"] = receiver is not None and is_taken(receiver)
-        if attempt.previews:
-            outcome["previews"] = attempt.previews
-        attempt.answer.set_result((outcome, after))
-
-    def _fail(self, attempt: Attempt, error: Exception) -> None:
-        """Tell the router of an error."""
-        from triptych.engine.attempt import failure
-
-        try:
-            self._end_if_broken(error)
-        finally:  # whatever that finds: nobody else would answer
-            self._answer(attempt, *failure(error))
+            self._couriers.fail(attempt, error)
 
     def _end_if_broken(self, error: Exception) -> None:
         """End this process where its device has failed it: nothing works there any more, and Ray starts another one.
@@ -279,52 +211,6 @@ class ReplicaActor:
         if loaded and is_broken(error, self._replica.model.device):
             log.critical("this replica ends, because its device has failed: %s", error)
             os._exit(1)
-
-    def _read(self, data: memoryview | npt.NDArray[np.uint8] | Placed) -> State:
-        """Return the state that has come."""
-        from triptych.engine.direct import fetch
-        from triptych.state import State
-
-        began = time.perf_counter()
-        if isinstance(data, list):
-            state = fetch(data)
-        else:
-            state = State.from_bytes(data if isinstance(data, memoryview) else data.data)
-        self._hop(state.nbytes if isinstance(data, list) else len(data), time.perf_counter() - began)
-        return state
-
-    def _placed(self, state: State) -> Placed | None:
-        """Leave a state that is to go on this process's device; None where nothing of it lies there."""
-        from triptych.engine.direct import place
-
-        began = time.perf_counter()
-        placed = place(state, self._replica.model.device)
-        if placed is not None:
-            self._hop(state.nbytes, time.perf_counter() - began)
-        return placed
-
-    def _written(self, state: State) -> npt.NDArray[np.uint8]:
-        """Return the wire form of a state that is to go.
-
-        Raises:
-            RemoteError: a field cannot be carried.
-        """
-        import numpy as np
-
-        began = time.perf_counter()
-        try:
-            data = np.frombuffer(state.to_bytes(), np.uint8)
-        except WireError as error:  # as such it would tell of what had come
-            raise RemoteError(f"the state after the segment cannot be carried: {error}") from error
-        self._hop(len(data), time.perf_counter() - began)
-        if random.random() < self._faults.get("corrupt", 0):
-            data[random.randrange(len(data))] ^= 1
-        return data
-
-    def _hop(self, nbytes: int, seconds: float) -> None:
-        """Count a state that came or went."""
-        for name, value in (("count", 1), ("bytes", nbytes), ("seconds", seconds)):
-            self._hops[name] += value
 
     @ray.method(concurrency_group="signs")
     def cancel(self, ticket: str) -> None:
@@ -361,13 +247,6 @@ class ReplicaActor:
         """Return the matrix that previews are made with, if its decoder can tell within `timeout` seconds."""
         found = self._replica.projection(timeout)
         return None if found is None else found.weight.numpy()
-
-
-def _copy_alone() -> None:
-    """Let this thread copy with one CPU thread: there are hundreds, and each would keep those that it once copied with."""
-    from triptych.runtime.streams import use_threads
-
-    use_threads(1)
 
 
 def difference(mine: dict[str, str], expected: dict[str, str]) -> str:

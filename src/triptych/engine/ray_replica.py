@@ -76,12 +76,12 @@ class RayReplica(Replica):
     def start(self, ticket: Ticket, payload: Any) -> None:
         order = Order(ticket.name) if payload is None else self._order(ticket)  # else its state brings the order
         if ticket.expected and payload is not None:
-            self._when_there(self.actor.hand.remote(order, payload), "handed", ticket)
+            self._when_there(self.actor.hand.remote(order, payload).future(), "handed", ticket)
             return
         if self._is_here and isinstance(payload, np.ndarray):  # Ray brings it too: what comes first counts
             send(order, payload.data, wait=False)
         outcome, data = self.actor.run.options(num_returns=2).remote(order, payload)
-        self._when_there(outcome, "finished", ticket, data)
+        self._when_there(outcome.future(), "finished", ticket, data)
 
     def _order(self, ticket: Ticket) -> Order:
         """Return what this process is to do for a ticket, and what those after it that it can reach."""
@@ -104,12 +104,12 @@ class RayReplica(Replica):
         """Ask for a sign of life, and say which tickets are still wanted."""
         self.asked = asked = time.monotonic()
 
-        def take_note(future: Future[Any]) -> None:
+        def take_note(_: Future[Any]) -> None:
             self._come = asked  # at once: who hears it may be busy, which is no fault of the replica's
-            self._later("told", self, future, asked)
 
-        beat = self.actor.beat.remote([ticket.name for ticket in self.tickets], LOOK)
-        beat.future().add_done_callback(take_note)
+        beat = self.actor.beat.remote([ticket.name for ticket in self.tickets], LOOK).future()
+        beat.add_done_callback(take_note)
+        self._when_there(beat, "told", asked)
 
     def hear(self, router: Router, future: Future[Any], asked: float) -> None:
         """Take note of the sign of life that was asked for then, or of Ray's error in its place."""
@@ -256,8 +256,6 @@ class RayReplica(Replica):
         told = {name: value for name, value in self.told.items() if name != "inbox"}
         return {**told, **super().describe(), "state": self.state}
 
-    def _when_there(self, reference: Any, what: str, *details: Any) -> None:
-        def hand_on(future: Future[Any]) -> None:  # in a thread of Ray's, which must not wait
-            self._later(what, self, future, *details)
-
-        reference.future().add_done_callback(hand_on)
+    def _when_there(self, future: Future[Any], what: str, *details: Any) -> None:
+        # In a thread of Ray's, which must not wait.
+        future.add_done_callback(lambda there: self._later(what, self, there, *details))
