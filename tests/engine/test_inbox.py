@@ -27,7 +27,7 @@ class Receiver:
     def __init__(self) -> None:
         self.open = True
         self.taken: queue.SimpleQueue[tuple[Order, bytes, int]] = queue.SimpleQueue()
-        self.inbox = Inbox(self.receive)
+        self.inbox = Inbox(Order, self.receive)
         assert self.inbox.address is not None
 
     def receive(self, order: Order, data: memoryview) -> Callable[[], None] | None:
@@ -77,7 +77,7 @@ def test_a_state_that_is_too_large_is_left_to_ray(receiver: Receiver, monkeypatc
 
 def test_a_large_state_can_be_written_to_and_leaves_no_memory_behind() -> None:
     kept: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-    taking = Inbox(lambda order, data: lambda: kept.put(data))
+    taking = Inbox(Order, lambda order, data: lambda: kept.put(data))
     sent = bytearray(SMALL + 8)
     for _ in range(3):
         assert send(Order("a ticket", inbox=taking.address), memoryview(sent))
@@ -108,7 +108,7 @@ def test_a_large_state_that_is_refused_leaves_no_memory_behind(receiver: Receive
 
 def test_a_state_is_aligned_as_the_wire_form_needs_it(receiver: Receiver) -> None:
     starts: queue.SimpleQueue[int] = queue.SimpleQueue()
-    taking = Inbox(lambda order, data: lambda: starts.put(np.frombuffer(data, np.uint8).ctypes.data))
+    taking = Inbox(Order, lambda order, data: lambda: starts.put(np.frombuffer(data, np.uint8).ctypes.data))
     for length in range(1, 20):
         assert send(Order("x" * length, inbox=taking.address), memoryview(b"12345678"))
         assert starts.get(timeout=5) % 8 == 0
@@ -124,7 +124,7 @@ def test_who_sends_is_told_whether_it_was_taken(receiver: Receiver) -> None:
 
 def test_what_was_taken_is_begun_after_the_sender_knows(receiver: Receiver) -> None:
     known = threading.Event()
-    slow = Inbox(lambda order, data: lambda: receiver.taken.put((order, bytes(known.wait(5)), 0)))
+    slow = Inbox(Order, lambda order, data: lambda: receiver.taken.put((order, bytes(known.wait(5)), 0)))
     assert send(Order("a ticket", inbox=slow.address), memoryview(b"state")), "it does not wait for the work"
     known.set()
     assert receiver.taken.get(timeout=5)[1] == bytes(True)
@@ -132,7 +132,9 @@ def test_what_was_taken_is_begun_after_the_sender_knows(receiver: Receiver) -> N
 
 
 def test_a_sender_that_does_not_wait_goes_on_at_once_and_its_state_arrives(receiver: Receiver) -> None:
-    send(receiver.order(), memoryview(b"state"), wait=False)
+    sent = inbox.begin_sending(receiver.order(), memoryview(b"state"), 0)
+    assert sent is not None
+    sent.close()
     assert receiver.taken.get(timeout=5)[1] == b"state"
 
 
@@ -141,7 +143,7 @@ def test_an_inbox_that_is_gone_takes_nothing(receiver: Receiver) -> None:
     receiver.inbox.close()
     assert not send(gone, memoryview(b"state"))
     assert not send(replace(gone, inbox=None), memoryview(b"state"))
-    receiver.inbox = Inbox(receiver.receive)
+    receiver.inbox = Inbox(Order, receiver.receive)
 
 
 def test_a_process_that_hangs_holds_its_sender_up_for_moments_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +186,7 @@ def test_what_goes_wrong_with_one_state_does_not_make_it_deaf(receiver: Receiver
             raise RuntimeError("a defect")
         return partial(begin, order, bytes(data))
 
-    taking = Inbox(take)
+    taking = Inbox(Order, take)
     order = Order("a ticket", inbox=taking.address)
     assert not send(order, memoryview(b"evil"))
     assert send(order, memoryview(b"late"))

@@ -1,9 +1,11 @@
 """What a replica's process does with tickets, whichever way their states come."""
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,8 @@ import torch
 import triptych
 import triptych.engine  # before ray: it asks for Ray's authentication
 from triptych.engine import attempt
-from triptych.engine.attempt import REMEMBERED
 from triptych.engine.couriers import Couriers
-from triptych.engine.inbox import Order, send
+from triptych.engine.inbox import Answer, Inbox, Order, send
 from triptych.engine.ray_actor import ReplicaActor
 from triptych.errors import WireError, from_text
 from triptych.runtime import streams
@@ -71,9 +72,9 @@ def test_a_state_that_comes_straight_is_computed_before_the_router_asks(
     encoder = actors["encoder"]
     assert send(order(encoder, "one"), request_bytes.data)
     attempt = encoder._attempts.open("one")
-    attempt.answer.result(10)
+    attempt.ended.result(10)
     outcome, after = encoder.run(order(encoder, "one"), None)
-    assert outcome["turns"] == ["denoiser", "decoder"]
+    assert outcome["turns"] == ("denoiser", "decoder")
     assert State.from_bytes(after.data).next_role == "denoiser"
     assert len(encoder._attempts.all()) == 0
     assert encoder.busy() == 0
@@ -107,31 +108,69 @@ def test_a_state_that_comes_both_ways_is_computed_once(
     assert len(encoder._attempts.all()) == 0
 
 
-def test_a_chain_of_orders_ends_with_the_result_where_it_is_waited_for(
-    actors: dict[str, ReplicaActor], request_bytes: np.ndarray, whole: triptych.Model
-) -> None:
-    from triptych.engine.inbox import Inbox
+class Router:
+    """Hears what replicas tell straight, if it does not hang."""
 
-    came = threading.Event()
-    results: list[Any] = []
-    router = Inbox(lambda told, data: lambda: (results.append((told.ticket, bytes(data))), came.set()))
-    last = Order("result", inbox=router.address)
-    chain = order(actors["decoder"], "c", last)
-    chain = order(actors["denoiser"], "d", chain)
-    chain = order(actors["encoder"], "e", chain)
-    outcome, after = actors["encoder"].run(chain, request_bytes)
-    assert outcome["handed"]
-    assert came.wait(30)
-    router.close()
-    ((ticket, data),) = results
-    assert ticket == "result"
-    expected = whole.generate(**ASK).images
-    assert torch.equal(State.from_bytes(data).result.images, expected)
-    for role, name in (("denoiser", "d"), ("decoder", "c")):
-        answered, bytes_after = actors[role].run(Order(name), None)
-        assert answered["handed"]
-        assert len(bytes_after), "the hand-over is kept for who has to do the next segment again"
-    assert State.from_bytes(after.data).next_role == "denoiser"
+    def __init__(self) -> None:
+        self.heard: queue.SimpleQueue[tuple[Answer, bytes]] = queue.SimpleQueue()
+        self.inbox = Inbox(Answer, lambda answer, data: lambda: self.heard.put((answer, bytes(data))))
+
+
+@pytest.fixture
+def router() -> Iterator[Router]:
+    router = Router()
+    yield router
+    router.inbox.close()
+
+
+def test_what_becomes_of_a_chain_of_orders_is_told_straight_and_the_result_comes_with_it(
+    actors: dict[str, ReplicaActor], request_bytes: np.ndarray, whole: triptych.Model, router: Router
+) -> None:
+    chain = None
+    for role in ("decoder", "denoiser", "encoder"):
+        chain = replace(order(actors[role], role, chain), reply=router.inbox.address)
+    assert chain is not None
+    assert send(chain, request_bytes.data)
+    told = [router.heard.get(timeout=30) for _ in actors]
+    assert {answer.ticket: (answer.turns, answer.handed) for answer, _ in told} == {
+        "encoder": (["denoiser", "decoder"], True), "denoiser": (["decoder"], True), "decoder": ([], False),
+    }  # fmt: skip
+    after = {answer.ticket: State.from_bytes(data) for answer, data in told}
+    assert after["denoiser"].next_role == "decoder", "the hand-over is kept for who has to do the next segment again"
+    assert torch.equal(after["decoder"].result.images, whole.generate(**ASK).images)
+    deadline = time.monotonic() + 10
+    while any(each._attempts.all() for each in actors.values()):
+        assert time.monotonic() < deadline, "what is told is forgotten"
+
+
+def test_what_cannot_be_told_straight_is_asked_for(
+    actors: dict[str, ReplicaActor], request_bytes: np.ndarray, router: Router
+) -> None:
+    encoder = actors["encoder"]
+    damaged = request_bytes.copy()
+    damaged[-1] ^= 1
+    assert send(replace(order(encoder, "flipped"), reply=router.inbox.address), damaged.data)
+    answer, data = router.heard.get(timeout=10)
+    assert (answer.ticket, answer.turns, data) == ("flipped", None, b"")
+    assert encoder.run(Order("flipped"), None)[0]["error"][0] == "WireError"
+    assert len(encoder._attempts.all()) == 0
+
+
+def test_what_its_router_does_not_hear_is_kept_until_that_is_gone(
+    actors: dict[str, ReplicaActor], request_bytes: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = actors["encoder"]
+    monkeypatch.setitem(vars(encoder), "_process", {})  # Ray tells of it, and is not here
+    for ticket in ("asked for", "left"):
+        assert send(replace(order(encoder, ticket), reply="\0nobody"), request_bytes.data)
+        encoder._attempts.open(ticket).ended.result(10)
+    encoder.beat(["asked for"])
+    assert len(encoder._attempts.all()) == 2
+    monkeypatch.setattr(attempt, "FORGOTTEN", 0.1)
+    time.sleep(0.2)
+    encoder.beat(["asked for"])
+    assert [ticket for ticket, _ in encoder._attempts.all()] == ["asked for"]
+    assert encoder.run(Order("asked for"), None)[0]["turns"]
 
 
 def test_what_is_taken_back_before_its_state_comes_is_not_computed(
@@ -191,16 +230,9 @@ def test_a_segment_that_has_begun_is_not_given_up_however_silent_its_router_is(m
     assert begun.begin(Order("begun"))
     for each in (begun, never):
         each._give_up()
-    assert not begun.answer.done()
+    assert not begun.ended.done()
     assert never.wait()[0]["error"][0] == "WireError"
     assert not never.begin(Order("never"))
-
-
-def test_answers_that_nobody_asks_for_are_not_kept_for_ever(actors: dict[str, ReplicaActor]) -> None:
-    encoder = actors["encoder"]
-    for number in range(REMEMBERED + 20):
-        encoder.hand(order(encoder, f"orphan-{number}"), np.zeros(8, np.uint8))
-    assert len(encoder._attempts.all()) <= REMEMBERED + 1
 
 
 def test_a_damaged_state_is_answered_with_its_error(actors: dict[str, ReplicaActor], request_bytes: np.ndarray) -> None:
@@ -265,5 +297,5 @@ def test_large_states_are_not_written_by_the_thread_that_drives_the_lane(
         for role in ("encoder", "denoiser"):
             finish(actors[role]._replica.model.segment(state))
         outcome, _ = decoder.run(order(decoder, kind), np.frombuffer(bytes(state.to_bytes()), np.uint8))
-        assert outcome["turns"] == []
+        assert outcome["turns"] == ()
     assert "courier" in writers["pil"] and "courier" not in writers["pt"]

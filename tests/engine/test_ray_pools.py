@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from triptych.engine.ray_cluster import RUNS, connect, start_replica
 from triptych.engine.ray_pools import SCALE_AFTER, PoolKeeper
 from triptych.engine.ray_register import NAMESPACE, REGISTER, SILENT, Register
 from triptych.engine.ray_replica import RayReplica
-from triptych.engine.replica import Handover
+from triptych.engine.replica import Handover, Ticket
 from triptych.engine.router import Router
 from triptych.errors import ReplicaRefusedError
 from triptych.roles import RoleType
@@ -40,7 +41,7 @@ class Keeper(PoolKeeper):
     def __init__(self, identity: dict[str, str] = IDENTITY) -> None:
         self.router = Router(lambda handover: handover.payload)
         self._happened: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        super().__init__(self.router, identity, lambda ticket: Order(ticket.name), lambda *it: self._happened.put(it))
+        super().__init__(self.router, identity, None, lambda *it: self._happened.put(it))
 
     def serve(self, pools: str, gpus: dict[RoleType, float] | None = None) -> None:
         """Declare pools of a model that is not there."""
@@ -82,7 +83,7 @@ def enter(cluster: None) -> Iterator[Callable[..., Keeper]]:
 
 
 def replica(name: str = "one") -> RayReplica:
-    return RayReplica(name, "denoiser", None, lambda ticket: Order(ticket.name), lambda *_: None)
+    return RayReplica(name, "denoiser", None, None, lambda *_: None)
 
 
 def register_of(target: int, *members: str) -> Register:
@@ -153,10 +154,10 @@ def test_the_register_counts_the_work_of_all_routers_that_are_alive(monkeypatch:
     register = register_of(1)
     for router in "ab":
         register.enter(router, IDENTITY)
-    register.pulse("a", {"denoiser": 2.0})
-    known = register.pulse("b", {"denoiser": 3.0, "gone": 1.0})
+    register.pulse("a", {"denoiser": (1, 2.0)})
+    known = register.pulse("b", {"denoiser": (2, 3.0), "gone": (1, 1.0)})
     assert known is not None
-    assert known["work"] == {"denoiser": 5.0}
+    assert known["work"] == {"denoiser": (3, 5.0)}
     monkeypatch.setattr("triptych.engine.ray_register.SILENT", -1.0)
     assert register.pulse("a", {}) is None, "it was silent, and has to enter again"
 
@@ -274,6 +275,111 @@ def test_a_pool_without_a_replica_grows_by_any_work(enter: Callable[..., Keeper]
     assert len(keeper.replicas) == 1
 
 
+def test_a_pool_does_not_give_back_a_replica_that_loads_while_requests_wait_for_it(
+    enter: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pools, "IDLE", 0.2)
+    keeper = enter()
+    keeper.serve("denoiser=0..1")
+    keeper.pulse()
+    job = Job()
+    keeper.router.submit(job, Handover(RoleType.DENOISER, None), {})
+    keeper.pulse()
+    (first,) = keeper.replicas.values()
+    for _ in range(4):
+        time.sleep(0.3)
+        keeper.pulse()
+        assert list(keeper.replicas.values()) == [first] and not first.draining
+    job.cancel()
+    keeper.pulse()  # which tells that there is no work any more
+    assert first.draining
+
+
+def test_a_pool_without_a_replica_remembers_how_many_could_not_start(enter: Callable[..., Keeper]) -> None:
+    keeper = enter()
+    keeper.serve("denoiser=0..1")
+    keeper.pulse()
+    keeper._failures["denoiser"] = 2
+    keeper.pulse()
+    assert keeper._failures["denoiser"] == 2
+    mine = replica()
+    mine.state, mine.asked = "ready", time.monotonic()
+    keeper.replicas[mine.name] = mine
+    ray.get(keeper._register.add.remote(mine.name, "denoiser"))
+    keeper.pulse()
+    keeper.replicas.clear()  # there is nothing to end
+    assert keeper._failures["denoiser"] == 0
+
+
+@pytest.mark.parametrize(
+    ("requests", "seconds", "target"), [(1, 600.0, 1), (2, 600.0, 2), (16, SCALE_AFTER / 32, 1), (16, 1.0, 2)]
+)
+def test_a_pool_grows_where_it_holds_much_work_in_more_requests_than_it_has_replicas(
+    enter: Callable[..., Keeper], requests: int, seconds: float, target: int
+) -> None:
+    keeper = enter()
+    keeper.serve("denoiser=1..4")
+    mine = replica()
+    mine.state, mine.asked = "ready", time.monotonic()
+    for _ in range(requests):
+        job, handover = Job(), Handover(RoleType.DENOISER, None)
+        mine.tickets.append(Ticket(job, RoleType.DENOISER, handover, 1.0, seconds, False, lambda *_: None))
+    keeper.replicas[mine.name] = mine
+    ray.get(keeper._register.add.remote(mine.name, "denoiser"))
+    for _ in range(3):
+        keeper.pulse()
+    del keeper.replicas[mine.name]  # there is nothing to end
+    assert keeper.pools["denoiser"]["target"] == target
+
+
+def test_a_request_of_which_a_pool_holds_two_segments_is_one(enter: Callable[..., Keeper]) -> None:
+    keeper = enter()
+    keeper.serve("denoiser=1..4")
+    job, mine = Job(), replica()
+    mine.state, mine.asked = "ready", time.monotonic()
+    for _ in range(2):
+        handover = Handover(RoleType.DENOISER, None)
+        mine.tickets.append(Ticket(job, RoleType.DENOISER, handover, 1.0, 600.0, False, lambda *_: None))
+    keeper.replicas[mine.name] = mine
+    ray.get(keeper._register.add.remote(mine.name, "denoiser"))
+    for _ in range(2):
+        keeper.pulse()
+    keeper.replicas.clear()  # there is nothing to end
+    assert keeper._work == {"denoiser": (1, 1200.0)}
+    assert keeper.pools["denoiser"]["target"] == 1
+
+
+def test_the_last_router_takes_even_those_replicas_with_it_that_it_has_not_met(enter: Callable[..., Keeper]) -> None:
+    keeper, other = enter(), enter()
+    keeper.serve("denoiser=1")
+    other.pulse()
+    keeper.pulse()
+    (name,) = keeper.replicas
+    keeper.leave()
+    assert other.replicas == {}
+    assert ray.get_actor(name, namespace=NAMESPACE) is not None, "the other one has it still"
+    other.leave()
+    deadline = time.monotonic() + 20
+    while name in {each["name"] for each in ray.util.list_named_actors(all_namespaces=True)}:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_replica_that_is_ready_just_when_it_is_struck_out_is_given_nothing(enter: Callable[..., Keeper]) -> None:
+    keeper = enter()
+    keeper.serve("denoiser=1")
+    keeper.pulse()
+    (mine,) = keeper.replicas.values()
+    mine.told.update(loaded_bytes=0, device="cpu", niceness=0)
+    keeper.drain(mine.name)
+    keeper.pulse()
+    assert keeper.replicas == {}
+    mine._let_in(keeper.router)  # by the thread that has seen a moment ago that it is there
+    assert keeper.router.replicas == [mine]
+    keeper.pulse()
+    assert keeper.router.replicas == []
+
+
 def test_a_replica_is_not_silent_because_nobody_has_time_to_hear_it(enter: Callable[..., Keeper]) -> None:
     keeper = enter()
     keeper.serve("denoiser=1")
@@ -305,6 +411,78 @@ def test_a_replica_that_joined_outlasts_a_register_that_has_forgotten_it(
     stays.join(20)
     assert not stays.is_alive(), "its service is gone"
     ray.kill(register)
+
+
+class Joined:
+    """Stands in for the actor of a replica that joins; how it was ended is in `killed`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, register: Any, *busy: int) -> None:
+        self._busy = list(busy)  # what it tells at each look; the last for good
+        self.looks = 0
+        self.killed = False
+        self.busy = SimpleNamespace(remote=self._look)
+        for name, value in {
+            "LOOK": 0.1,
+            "connect": lambda address: None,
+            "find_register": lambda: register,
+            "start_replica": lambda *args, **options: self,
+            "_wait_until_loaded": lambda actor: {},
+        }.items():
+            monkeypatch.setattr(ray_join, name, value)
+        monkeypatch.setattr(ray, "kill", lambda actor: setattr(self, "killed", True))
+
+    def _look(self) -> Any:
+        self.looks += 1
+        return ray.put(self._busy.pop(0) if len(self._busy) > 1 else self._busy[0])
+
+
+@pytest.fixture
+def register(cluster: None) -> Iterator[Any]:
+    register = ray.remote(num_cpus=0)(Register).remote()
+    kill = ray.kill
+    yield register
+    kill(register)
+
+
+def test_a_replica_that_was_drained_finishes_what_it_has_however_long_that_takes(
+    register: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = Joined(monkeypatch, register, *[1] * 20, 0)
+    monkeypatch.setattr(ray_join, "DRAIN", 0.5)
+    joins = threading.Thread(target=ray_join.join, args=("/nowhere", "denoiser", "here:1"), daemon=True)
+    joins.start()
+    while not (members := ray.get(register.members.remote())):
+        assert joins.is_alive()
+        time.sleep(0.05)
+    ray.get([register.drain.remote(name) for name in members])
+    joins.join(30)
+    assert not joins.is_alive() and actor.killed
+    assert actor.looks > 20
+    assert ray.get(register.members.remote()) == {}
+
+
+def test_a_replica_that_is_interrupted_has_a_while_to_finish_what_it_has(
+    register: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    actor = Joined(monkeypatch, register, 1)
+    monkeypatch.setattr(ray_join, "DRAIN", 0.5)
+    monkeypatch.setattr(ray_join, "_stay", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ray_join.join("/nowhere", "denoiser", "here:1")
+    assert actor.killed
+    assert 3 <= actor.looks <= 6
+
+
+def test_a_replica_has_finished_when_it_is_quiet_for_some_looks_in_a_row(
+    register: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = Joined(monkeypatch, register, 1, 0, 0, 1, 0)
+    ray_join._leave(register, actor, "mine")
+    assert actor.killed
+    assert actor.looks == 4 + ray_join.QUIET
 
 
 def test_requests_that_wait_at_another_router_make_a_pool_grow(enter: Callable[..., Keeper]) -> None:
@@ -393,5 +571,5 @@ def test_how_long_a_replica_is_silent_can_be_read_while_its_answer_comes() -> No
         def asked(self, value: float | None) -> None:
             pass
 
-    mine = Answered("one", "denoiser", None, lambda ticket: Order(ticket.name), lambda *_: None)
+    mine = Answered("one", "denoiser", None, None, lambda *_: None)
     assert mine.silent > 0

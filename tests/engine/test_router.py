@@ -528,20 +528,61 @@ def test_a_replica_lost_after_the_straight_hand_over_costs_one_attempt_from_ther
     assert [payload for _, payload in other.started] == [1]
 
 
-def test_a_result_that_comes_before_the_replicas_answer_ends_the_job_and_the_answer_frees_the_slot() -> None:
+def test_a_result_that_is_told_before_the_segment_before_waits_for_that() -> None:
     made, encoder, denoiser, decoder = passing()
     job = submit_ahead(made)
     (last,) = decoder.tickets
     hand_over(encoder.tickets[0], 1)
-    made.settle(last, Handover(None, 3))
+    assert made.find(last.name) is last
+    last.done(last, Handover(None, 3, 5.0))
     assert job.status == "running", "it is not the decoder's turn yet"
     hand_over(denoiser.tickets[0], 2)
-    made.settle(last, Handover(None, 3))
     assert job.result(0).seed == 3
-    assert decoder.tickets == [last]
-    last.done(last, Handover(None, None, 5.0))
     assert decoder.tickets == []
+    assert made.find(last.name) is None
     assert made.costs.predict(C, last.work) == pytest.approx(5.0), "its seconds are learned all the same"
+
+
+def test_a_replica_that_cannot_be_given_what_it_waits_for_costs_one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, encoder, denoiser, _ = passing()
+    job = submit_ahead(made)
+
+    def fail(ticket: Ticket, payload: Any) -> None:
+        monkeypatch.undo()
+        raise OSError("the store is full")
+
+    monkeypatch.setattr(denoiser, "start", fail)
+    hand_over(encoder.tickets[0], 1, handed=False)
+    assert job.lost == ["denoiser: denoiser could not be given it (the store is full)"]
+    (again,) = denoiser.tickets
+    assert denoiser.started[-1] == (again, 1)
+
+
+def test_the_one_that_was_given_first_is_blamed_and_not_one_that_had_its_place_ahead() -> None:
+    made, encoder, denoiser, decoder = passing()
+    ahead = submit_ahead(made)
+    late = Job()
+    made.submit(late, Handover(C, 2), {"num_inference_steps": 1, "height": 8, "width": 8, "prompt": "fox"})
+    hand_over(encoder.tickets[0], 1)
+    hand_over(denoiser.tickets[0], 2)
+    assert [ticket.job for ticket in decoder.tickets] == [ahead, late]
+    made.remove(decoder, "killed")
+    assert (ahead.lost, late.lost) == ([], ["decoder: killed"])
+
+
+def test_a_retry_shows_no_preview_again() -> None:
+    made, encoder, denoiser, _ = passing()
+    job = submit_ahead(made)
+    shown: list[int] = []
+    job.listen(lambda event: shown.append(event.details["step"]) if event.kind == "preview" else None)
+    hand_over(encoder.tickets[0], 1)
+    denoiser.tickets[0].show(10, 20, b"png")
+    made.remove(denoiser, "killed")
+    made.add(Passing("another", D))
+    (again,) = made.replicas[-1].tickets
+    again.show(10, 20, b"png")
+    again.show(20, 20, b"png")
+    assert shown == [10, 20]
 
 
 def test_a_replica_with_other_work_is_not_given_segments_ahead() -> None:

@@ -5,6 +5,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,6 +186,41 @@ def test_a_short_request_overtakes_a_long_one(model: Model, forwards: Forwards) 
     outcomes.wait(2)
     lane.close()
     assert outcomes.order == ["short", "long"]
+
+
+def test_a_request_that_cannot_meet_its_deadline_holds_up_no_others(model: Model, forwards: Forwards) -> None:
+    lane, outcomes = StepLane(model, "test", threads=1, budget=0), Outcomes()
+    hopeless, short = encoded(model, num_inference_steps=8000), encoded(model, num_inference_steps=2)
+    deadline = time.monotonic() + 3
+    outcomes.put(lane, "hopeless", hopeless, deadline=deadline)
+    while len(forwards.rows) < 10:
+        time.sleep(0.01)
+    outcomes.put(lane, "short", short)
+    outcomes.wait(1)
+    ended = time.monotonic()
+    outcomes.wait(2)
+    lane.close()
+    assert outcomes.order == ["short", "hopeless"]
+    assert ended < deadline - 1
+    assert isinstance(outcomes.of["hopeless"], DeadlineExceeded)
+
+
+@pytest.mark.parametrize(
+    ("seconds_each", "seconds_left", "first"),
+    [(1.0, 99.0, False), (1.0, 101.0, True), (1.0, 119.0, True), (1.0, 121.0, False), (0.0, 1.0, False)],
+)
+def test_a_request_goes_first_as_long_as_it_can_just_meet_its_deadline(
+    lane: StepLane, seconds_each: float, seconds_left: float, first: bool
+) -> None:
+    def runner(steps: int, deadline: float | None) -> Any:
+        return SimpleNamespace(
+            turn=SimpleNamespace(left=steps), size=1, joined=now, work=SimpleNamespace(deadline=deadline)
+        )
+
+    now = time.monotonic()
+    lane._seconds_each = seconds_each
+    urgent = lane._urgency(runner(100, now + seconds_left), now)
+    assert (urgent < lane._urgency(runner(1, None), now)) == first
 
 
 def test_a_cancelled_request_stops_before_its_next_step(model: Model, lane: StepLane, forwards: Forwards) -> None:

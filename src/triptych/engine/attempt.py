@@ -21,21 +21,22 @@ if TYPE_CHECKING:
     from triptych.runtime.lanes import Lane, Work
     from triptych.state import State
 
-Answer: TypeAlias = "tuple[dict[str, Any], npt.NDArray[np.uint8] | Placed]"
+Ended: TypeAlias = "tuple[dict[str, Any], npt.NDArray[np.uint8] | Placed]"
 
 REMEMBERED = 256
-"""How many tickets that are done, or taken back, a replica remembers, and how many answers that nobody asked for."""
+"""How many tickets that are done, or taken back, a replica remembers."""
 FORGOTTEN = 60.0
-"""Seconds that a ticket waits for its state without a word from its router, which says every half second what it wants."""
+"""Seconds that a ticket waits for its state, or for being asked, without a word from its router, which says every half
+second what it wants."""
 
 
 class Attempt:
-    """A ticket that is begun by whatever brings its state first, and whose answer the router asks for.
+    """A ticket that is begun by whatever brings its state first.
 
     Attributes:
         order: what is to be done with its state, once that has come.
-        answer: what became of it, and the state after it in its wire form, or where it lies; empty where it failed.
-        asked: whether the router has asked.
+        ended: what became of it, and the state after it in its wire form, or where it lies; empty where it failed.
+        asked: whether the router has asked for that through Ray.
         progress: the stage, the step and the steps in all; None before the first.
         previews: the pictures on the way that were made so far: step, steps, PNG.
         wanted: when its router last said that it wants it.
@@ -44,7 +45,7 @@ class Attempt:
     order: Order
 
     def __init__(self) -> None:
-        self.answer: Future[Answer] = Future()
+        self.ended: Future[Ended] = Future()
         self.asked = False
         self.wanted = time.monotonic()
         self.progress: tuple[str, int, int] | None = None
@@ -69,26 +70,26 @@ class Attempt:
         """Seconds until the request's deadline; None where it has none."""
         return None if self._deadline is None else self._deadline - time.monotonic()
 
-    def wait(self) -> Answer:
+    def wait(self) -> Ended:
         """Return what became of it. Where it has not begun and its router is silent, its state is taken not to come."""
         while not self._begun:
             with suppress(TimeoutError):
-                return self.answer.result(max(0.0, self.wanted + FORGOTTEN - time.monotonic()))
+                return self.ended.result(max(0.0, self.wanted + FORGOTTEN - time.monotonic()))
             self._give_up()
-        return self.answer.result()
+        return self.ended.result()
 
     def _give_up(self) -> None:
         with self._lock:
             forgotten = time.monotonic() - self.wanted > FORGOTTEN
             if forgotten and not self._begun and not self._cancelled:
-                self.answer.set_result(failure(WireError("the state did not come, and its router has fallen silent")))
+                self.ended.set_result(failure(WireError("the state did not come, and its router has fallen silent")))
                 self._cancelled = True
 
     def cancel(self) -> None:
         """Stop it before its next step, or before it begins."""
         with self._lock:
             if not self._begun and not self._cancelled:
-                self.answer.set_result(failure(_taken_back()))
+                self.ended.set_result(failure(_taken_back()))
             self._cancelled = True
             if self._work is not None:
                 self._work.cancel()
@@ -125,7 +126,7 @@ class Attempt:
 
 
 class Attempts:
-    """The attempts of a process, by ticket. Each is there from whatever comes first until its router has the answer."""
+    """The attempts of a process, by ticket. Each is there from whatever comes first until its router knows its end."""
 
     def __init__(self) -> None:
         self._all: dict[str, Attempt] = {}
@@ -146,10 +147,6 @@ class Attempts:
                     attempt.cancel()
                     return attempt
                 self._all[ticket] = attempt
-                if len(self._all) > REMEMBERED:  # answers that nobody asks for: their router is gone
-                    done = [name for name, each in self._all.items() if each.answer.done() and not each.asked]
-                    for name in done:
-                        del self._all[name]
             return attempt
 
     def close(self, ticket: str) -> None:
@@ -159,11 +156,15 @@ class Attempts:
             self._unwanted.append(ticket)
 
     def want(self, tickets: Iterable[str]) -> None:
-        """Take note that a router still wants these tickets."""
+        """Take note that a router still wants these tickets, and forget what ended and nobody wants: its router is gone."""
+        now = time.monotonic()
         with self._lock:
             for ticket in tickets:
                 if (attempt := self._all.get(ticket)) is not None:
-                    attempt.wanted = time.monotonic()
+                    attempt.wanted = now
+            for ticket, attempt in list(self._all.items()):
+                if attempt.ended.done() and not attempt.asked and now - attempt.wanted > FORGOTTEN:
+                    del self._all[ticket]
 
     def cancel(self, ticket: str) -> None:
         """Stop a ticket before its next step, or before it begins."""
@@ -174,8 +175,8 @@ class Attempts:
                 attempt.cancel()
 
 
-def failure(error: Exception) -> Answer:
-    """Return the answer that tells of an error."""
+def failure(error: Exception) -> Ended:
+    """Return the end that an error is."""
     import numpy as np
 
     return {"error": to_text(error)}, np.empty(0, np.uint8)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-from triptych.engine.job import Job
+from triptych.engine.job import ENDED, Job
 from triptych.engine.replica import Handover
 from triptych.engine.router import Router
 from triptych.engine.warm_up import warm_up_request
@@ -73,7 +75,7 @@ class Engine(ABC):
             check(state.fields)
         job = Job(deadline=None if deadline is None else time.monotonic() + deadline)
         job.id = name or job.id
-        if previews > 0 and (projection := self.projection()) is not None:
+        if previews > 0 and (projection := self.projection(deadline)) is not None:
             job.previews = previews, projection
         self.router.submit(job, self.hand_in(state), state.fields)
         return job
@@ -86,8 +88,13 @@ class Engine(ABC):
         """
         return self.submit(Request(**{"exact": False, **parameters}), deadline=deadline).result()
 
-    def warm_up(self) -> None:
-        """Run one small request through the roles, so that the first user does not wait for what happens only once."""
+    def warm_up(self, timeout: float | None = None) -> None:
+        """Run one small request through the roles, so that the first user does not wait for what happens only once.
+
+        Raises:
+            TimeoutError: it took longer than `timeout` seconds, and was cancelled.
+            ModelError: a role cannot be loaded.
+        """
         request = warm_up_request(self.front)
         if request is None:
             log.warning("no small request fits this model: the first one will be slower")
@@ -95,31 +102,46 @@ class Engine(ABC):
         state = self.front.admit(request)
         job = Job()
         self.router.submit(job, self.hand_in(state), state.fields)
-        job.result()
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        try:
+            while job.status not in ENDED and time.monotonic() < until:
+                self.check_replicas()
+                with suppress(TimeoutError):
+                    job.result(_CHECK)
+            job.result(0)
+        finally:
+            job.cancel()
         try:
             self.find_projection(0.0)  # the decoders begin to look for it, when they have nothing else to do
         except Exception as error:  # noqa: BLE001 (requests come without previews then)
             log.warning("looking for what previews are made with: %s", error)
 
-    def projection(self) -> Projection | None:
+    def projection(self, timeout: float | None = None) -> Projection | None:
         """Return what previews are made with; decoders learn it, and ever better, from what they decode.
 
-        None where they cannot.
+        None where they cannot, or where that would take longer than `timeout` seconds.
         """
         now = time.monotonic()
         if now > self._projection_stale:
             self._projection_stale = now + _FRESH
             first, self._projection_sought = not self._projection_sought, True
-            patience = _PATIENCE if first else 0.0
+            until = now + (min(_PATIENCE, timeout or math.inf) if first else 0.0)
             try:
-                found = self.find_projection(patience)
+                found = self.find_projection(until - now)
                 if found is None and first:  # perhaps nothing has been decoded yet
-                    self.warm_up()
-                    found = self.find_projection(patience)
+                    self.warm_up(max(0.0, until - time.monotonic()))
+                    found = self.find_projection(max(0.0, until - time.monotonic()))
                 self._projection = found or self._projection
             except Exception as error:  # noqa: BLE001 (a request must not fail for want of previews)
                 log.warning("looking for what previews are made with: %s", error)
         return self._projection
+
+    def check_replicas(self) -> None:
+        """Check that no replica has failed for good.
+
+        Raises:
+            ModelError: one could not be loaded.
+        """
 
     @abstractmethod
     def find_projection(self, timeout: float) -> Projection | None:

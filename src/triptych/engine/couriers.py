@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from triptych.engine.attempt import Attempt, failure
-from triptych.engine.inbox import LARGEST, PATIENCE, SMALL, begin_sending, is_taken
+from triptych.engine.attempt import Attempt, Attempts, failure
+from triptych.engine.inbox import LARGEST, PATIENCE, SMALL, Answer, begin_sending, is_taken, send
 from triptych.errors import RemoteError, WireError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Couriers:
     would keep it, large states and the router, is left to threads of their own.
 
     Args:
+        attempts: those of this process; one is forgotten when its router knows its end.
         nixl: whether a state may stay on its device for the next process to fetch; else all go in their wire form.
         faults: for tests of recovery; see `RayEngine`.
         on_error: told of what a segment failed with, before the router is.
@@ -41,8 +42,11 @@ class Couriers:
         hops: how many states came or went, their bytes, and the seconds that reading and writing them took.
     """
 
-    def __init__(self, *, nixl: bool, faults: Mapping[str, float], on_error: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, attempts: Attempts, *, nixl: bool, faults: Mapping[str, float], on_error: Callable[[Exception], None]
+    ) -> None:
         self.hops = {"count": 0, "bytes": 0, "seconds": 0.0}
+        self._attempts = attempts
         self._nixl = nixl
         self._faults = faults
         self._on_error = on_error
@@ -86,6 +90,7 @@ class Couriers:
 
     def _send(self, attempt: Attempt, device: torch.device, state: State, seconds: float, *, patience: float) -> None:
         order = attempt.order
+        turns = tuple(role.value for role in state.route[state.position :])
         after: npt.NDArray[np.uint8] | Placed | None = None
         receiver = None
         try:
@@ -96,11 +101,12 @@ class Couriers:
                 if order.then is not None:
                     then = replace(order.then, seconds_left=attempt.seconds_left)
                     receiver = begin_sending(then, after.data, patience)
+                elif not turns and order.reply is not None and not attempt.previews:
+                    receiver = begin_sending(Answer(order.ticket, order.reply, turns, seconds), after.data, patience)
         except Exception as error:  # noqa: BLE001 (told to the router, which knows whose fault it is)
             self.fail(attempt, error)
             return
-        outcome = {"turns": [role.value for role in state.route[state.position :]], "seconds": seconds}
-        self._threads.submit(self._answer, attempt, outcome, after, receiver)
+        self._threads.submit(self._end, attempt, {"turns": turns, "seconds": seconds}, after, receiver)
 
     def _placed(self, state: State, device: torch.device) -> Placed | None:
         """Leave a state that is to go on its device; None where nothing of it lies there."""
@@ -130,24 +136,42 @@ class Couriers:
             data[random.randrange(len(data))] ^= 1
         return data
 
-    def _answer(
+    def _end(
         self,
         attempt: Attempt,
         outcome: dict[str, Any],
         after: npt.NDArray[np.uint8] | Placed,
         receiver: socket.socket | None = None,
     ) -> None:
-        """Tell the router what became of a segment, and whether the next one has its state already."""
-        outcome["handed"] = receiver is not None and is_taken(receiver)
+        """End an attempt, and tell the router: straight where it can hear that, else when it asks through Ray.
+
+        Args:
+            receiver: what the next replica, or the router, has been sent the state with.
+        """
+        went = receiver is not None and is_taken(receiver)
+        is_result = outcome.get("turns") == ()
+        outcome["handed"] = went and not is_result
         if attempt.previews:
             outcome["previews"] = attempt.previews
-        attempt.answer.set_result((outcome, after))
+        attempt.ended.set_result((outcome, after))
+        if (went and is_result) or self._tell(attempt, outcome, after):
+            self._attempts.close(attempt.order.ticket)
+
+    def _tell(self, attempt: Attempt, outcome: dict[str, Any], after: npt.NDArray[np.uint8] | Placed) -> bool:
+        """Tell the router straight that an attempt has ended; returns whether it knows all then, and need not ask."""
+        order = attempt.order
+        if order.reply is None:
+            return False
+        if isinstance(after, list) or len(after) > SMALL or not {"turns", "seconds", "handed"}.issuperset(outcome):
+            send(Answer(order.ticket, order.reply), memoryview(b""))
+            return False
+        return send(Answer(order.ticket, order.reply, **outcome), after.data)
 
     def _fail(self, attempt: Attempt, error: Exception) -> None:
         try:
             self._on_error(error)
         finally:  # whatever that finds: nobody else would answer
-            self._answer(attempt, *failure(error))
+            self._end(attempt, *failure(error))
 
     def _count(self, nbytes: int, began: float) -> None:
         for name, value in (("count", 1), ("bytes", nbytes), ("seconds", time.perf_counter() - began)):

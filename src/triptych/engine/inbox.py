@@ -19,9 +19,9 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Generic, Protocol, TypeVar
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class Order:
         previews: how many pictures on the way are wanted, and the matrix to make them with.
         inbox: where the order and its state can be sent to; None where Ray has to bring them.
         then: the order that goes on with the state afterwards, if that is settled.
+        reply: where the router hears what became of it; None where only Ray can tell.
     """
 
     ticket: str
@@ -59,28 +60,58 @@ class Order:
     previews: tuple[int, list[list[float]]] | None = None
     inbox: str | None = None
     then: Order | None = None
+    reply: str | None = None
 
 
-Receive: TypeAlias = Callable[[Order, memoryview], Callable[[], None] | None]
-"""Takes a ticket's state; returns what is to be done when the sender knows that, or None to refuse it.
+@dataclass(frozen=True)
+class Answer:
+    """What became of a ticket, in plain values; with it comes the state after the segment.
 
-Both are to be quick: others that send wait meanwhile.
-"""
+    Attributes:
+        ticket: its name.
+        inbox: the router's.
+        turns: whose turns are left; None where Ray has to bring the answer, which the router asks for then.
+        seconds: what the segment took.
+        handed: whether the next replica has the state already.
+    """
+
+    ticket: str
+    inbox: str
+    turns: tuple[str, ...] | None = None
+    seconds: float = 0.0
+    handed: bool = False
 
 
-class Inbox:
-    """Receives states for tickets of this process, one after another in a thread of its own.
+class Message(Protocol):
+    """What an inbox can be sent: a dataclass of plain values."""
+
+    @property
+    def inbox(self) -> str | None:
+        """Where it goes."""
+
+
+Heard = TypeVar("Heard", Order, Answer)
+
+
+class Inbox(Generic[Heard]):
+    """Receives messages of one kind, each with a state, one after another in a thread of its own.
 
     The socket is one of Linux's that have a name but no file, so that nothing of a killed process is left. It hears
     this user's processes only.
+
+    Args:
+        kind: of the messages.
+        receive: takes one and its state; returns what is to be done when the sender knows that, or None to refuse it.
+            Both are to be quick: others that send wait meanwhile.
 
     Attributes:
         address: what `send` takes; None where the system has no such sockets.
     """
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, kind: type[Heard], receive: Callable[[Heard, memoryview], Callable[[], None] | None]) -> None:
         self.address: str | None = None
-        self._receive = receive
+        self._kind: type[Heard] = kind
+        self._receive: Callable[[Heard, memoryview], Callable[[], None] | None] = receive
         address = f"\0triptych-{secrets.token_hex(16)}"
         try:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a message comes whole, or not at all
@@ -133,46 +164,48 @@ class Inbox:
                 with _closing(held):
                     end = _HEAD.size + _HEAD.unpack_from(message)[0]
                     data = _mapped(held[0]) if held else memoryview(message)[end:]
-                    begin = self._receive(_read(message[_HEAD.size : end]), data)
-                sender.send(_REFUSED if begin is None else _TAKEN)
-            except BrokenPipeError:  # it does not want to know
-                pass
+                    begin = self._receive(self._read(message[_HEAD.size : end]), data)
             except (OSError, TypeError, ValueError, struct.error) as error:
                 log.warning("a state could not be taken: %s", error)
                 return
+            with suppress(OSError):  # whether or not it wants to know: what was taken is to be begun
+                sender.send(_REFUSED if begin is None else _TAKEN)
         if begin is not None:
             begin()
 
+    def _read(self, head: bytes) -> Heard:
+        """Return what a message begins with.
 
-def send(order: Order, data: memoryview, *, wait: bool = True) -> bool:
-    """Give another process on this machine the state of a ticket.
+        Raises:
+            TypeError, ValueError: it does not.
+        """
+        read: object = json.loads(head, object_hook=lambda told: self._kind(**told))
+        if not isinstance(read, self._kind):
+            raise TypeError(f"neither order nor answer: {read!r}")
+        return read
 
-    Args:
-        wait: for the answer.
+
+def send(message: Message, data: memoryview) -> bool:
+    """Give another process on this machine a message and a state.
 
     Returns whether it took it; False at once where it has no inbox, or the state is too large for one.
     """
-    receiver = begin_sending(order, data, 2 * PATIENCE if wait else 0)
-    if receiver is None:
-        return False
-    if wait:
-        return is_taken(receiver)
-    receiver.close()
-    return False
+    receiver = begin_sending(message, data, 2 * PATIENCE)
+    return receiver is not None and is_taken(receiver)
 
 
-def begin_sending(order: Order, data: memoryview, patience: float) -> socket.socket | None:
-    """Give another process the state of a ticket, and do not wait for its answer.
+def begin_sending(message: Message, data: memoryview, patience: float) -> socket.socket | None:
+    """Give another process a message and a state, and do not wait for its answer.
 
     Args:
         patience: seconds to wait until there is room for the message.
 
     Returns where its answer comes, for `is_taken`; None where the state could not be sent.
     """
-    if order.inbox is None or len(data) > LARGEST:
+    if message.inbox is None or len(data) > LARGEST:
         return None
     inside = len(data) <= SMALL
-    head = json.dumps(order, default=vars, separators=(",", ":")).encode("ascii")
+    head = json.dumps(message, default=vars, separators=(",", ":")).encode("ascii")
     head += b" " * (-len(head) % 8)
     if len(head) > SMALL:
         return None
@@ -181,7 +214,7 @@ def begin_sending(order: Order, data: memoryview, patience: float) -> socket.soc
         with _closing([] if inside else [_stored(data)]) as held, ExitStack() as undo:
             receiver = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             receiver.settimeout(patience)
-            receiver.connect(order.inbox)
+            receiver.connect(message.inbox)
             if inside:
                 receiver.sendmsg((_HEAD.pack(len(head)), head, data))
             else:
@@ -234,15 +267,3 @@ def _closing(held: list[int]) -> Iterator[list[int]]:
     finally:
         for each in held:
             os.close(each)
-
-
-def _read(head: bytes) -> Order:
-    """Return the order that a message begins with.
-
-    Raises:
-        TypeError, ValueError: it does not.
-    """
-    read = json.loads(head, object_hook=lambda told: Order(**told))
-    if not isinstance(read, Order):
-        raise TypeError(f"not an order: {read!r}")
-    return read

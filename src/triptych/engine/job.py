@@ -51,6 +51,7 @@ class Job:
         beside: how often it was at a replica that was lost while others were known to compute there.
         error: why it failed.
         previews: how many previews are to be made on the way, and with what; None for none.
+        shown: the step of the last one of this segment.
     """
 
     id: str = field(default_factory=lambda: f"req_{secrets.token_hex(12)}")
@@ -61,6 +62,7 @@ class Job:
     beside: int = 0
     error: Exception | None = None
     previews: tuple[int, Projection] | None = None
+    shown: int = 0
     _result: Result | None = None
     _events: list[Event] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)

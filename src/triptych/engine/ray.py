@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from triptych.components.acceleration import parse_acceleration
 from triptych.components.dtypes import parse_dtype
 from triptych.engine.base import Engine
 from triptych.engine.choice import Policy
-from triptych.engine.inbox import SMALL, Inbox, Order
+from triptych.engine.inbox import SMALL, Answer, Inbox
 from triptych.engine.job import ENDED
 from triptych.engine.local import PROMPT_CACHE
 from triptych.engine.pools import Pool, parse_pools
@@ -101,7 +102,7 @@ class RayEngine(Engine):
         warm_up: bool = True,
         faults: dict[str, float] | None = None,
     ) -> None:
-        wanted = parse_pools(pools) if pools else []
+        wanted = [] if pools is None else parse_pools(pools)
         options: dict[str, Any] = {"dtype": dtype, "tasks": tasks, "revision": revision, "variant": variant}
         options["acceleration"] = parse_acceleration(acceleration)
         self.router = Router(lambda handover: handover.payload.result, policy=policy, max_waiting=max_waiting)
@@ -160,10 +161,11 @@ class RayEngine(Engine):
     ) -> None:
         """Take part in the service: start the replicas that it lacks, and hear what becomes of them."""
         self._happened: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self._results: dict[str, Ticket] = {}
-        self._inbox = Inbox(self._receive)
+        self._inbox = Inbox(Answer, self._receive)
         undo.callback(self._inbox.close)
-        self._keeper = PoolKeeper(self.router, identity, self._expect, lambda *happened: self._happened.put(happened))
+        self._keeper = PoolKeeper(
+            self.router, identity, self._inbox.address, lambda *happened: self._happened.put(happened)
+        )
         undo.callback(self._keeper.leave)
         self._keeper.declare(pools, gpus, **arguments)
         self._keeper.pulse()
@@ -238,28 +240,43 @@ class RayEngine(Engine):
 
     def _wait_until_ready(self) -> None:
         while not self.ready():
-            failed = next((each for each in self.replicas if each.failure is not None), None)
-            if failed is not None:
-                raise ModelError(f"replica {failed.name} could not start: {failed.failure}")
+            self.check_replicas()
             time.sleep(0.02)
 
-    def _expect(self, ticket: Ticket) -> Order:
-        """Return the order with which a ticket's result can be sent to this process."""
-        self._results[ticket.name] = ticket
-        return Order(ticket.name, inbox=self._inbox.address)
+    def check_replicas(self) -> None:
+        failed = next((each for each in self.replicas if each.failure is not None), None)
+        if failed is not None:
+            raise ModelError(f"replica {failed.name} could not start: {failed.failure}")
 
-    def _receive(self, order: Order, data: memoryview) -> Callable[[], None] | None:
-        """Take a result that comes straight from a replica; what is wrong with one comes with the replica's answer."""
-        ticket = self._results.pop(order.ticket, None)
+    def _receive(self, answer: Answer, data: memoryview) -> Callable[[], None]:
+        """Take what a replica tells straight. Of a ticket that was given up it is nothing, and yet taken: it is told."""
+        ticket = self.router.find(answer.ticket)
         if ticket is None:
-            return None
+            return lambda: None
+        if answer.turns is None:
+            return partial(self._ask_for, ticket)
+        ticket.answered = True  # before the replica knows that, and forgets the ticket
+        return partial(self._take, ticket, answer, data)
 
-        def end() -> None:
-            mine = np.array(data).data  # memory that was passed on would hold a descriptor as long as the result lives
-            with suppress(WireError):
-                self.router.settle(ticket, Handover(None, State.from_bytes(mine)))
+    def _ask_for(self, ticket: Ticket) -> None:
+        if isinstance(ticket.replica, RayReplica):
+            ticket.replica.ask_for(ticket)
 
-        return end
+    def _take(self, ticket: Ticket, answer: Answer, data: memoryview) -> None:
+        """End a ticket with what its replica has told straight."""
+        if isinstance(ticket.replica, RayReplica):
+            ticket.replica.busy = time.monotonic()
+        # A copy: memory that was passed on would hold a descriptor as long as the result lives.
+        self._end(ticket, lambda: _handover(answer.turns or (), answer.seconds, np.array(data), handed=answer.handed))
+
+    def _end(self, ticket: Ticket, read: Callable[[], Handover]) -> None:
+        """End a ticket with what its replica has left."""
+        outcome: Handover | Exception
+        try:
+            outcome = read()
+        except Exception as error:  # noqa: BLE001 (whatever it is, its role makes it once more)
+            outcome = ReplicaLost(f"what it left was lost: {error}")
+        ticket.done(ticket, outcome)
 
     # What happened, one after another in a thread of its own.
 
@@ -283,17 +300,17 @@ class RayEngine(Engine):
         replica.busy = time.monotonic()
         # Not `result()`: an error raised here would hold this frame, and so the ticket, until it is garbage-collected.
         error = future.exception()
-        self._results.pop(ticket.name, None)
-        if ticket not in replica.tickets:
-            return  # taken back
+        if ticket.answered or ticket not in replica.tickets:
+            return  # told straight, or taken back
         if error is not None:
             self._failed(replica, ticket, error)
             return
         told = future.result()
         for preview in told.get("previews", ()):  # those that no heartbeat has told of
             ticket.show(*preview)
-        if told.get("turns") == [] and ticket.job.status not in ENDED:
-            self._fetchers.submit(self._fetch, ticket, told, data)  # it may take long, and others are to be heard
+        if told.get("turns") == () and ticket.job.status not in ENDED:
+            # It may take long, and others are to be heard.
+            self._fetchers.submit(self._end, ticket, lambda: _handover((), told["seconds"], np.array(ray.get(data))))
         else:
             ticket.done(ticket, self._outcome(told, data))
 
@@ -313,23 +330,13 @@ class RayEngine(Engine):
         else:
             ticket.done(ticket, RemoteError(str(error)))
 
-    def _fetch(self, ticket: Ticket, told: dict[str, Any], data: Any) -> None:
-        """End a ticket with a result that has not come straight."""
-        try:
-            outcome = Handover(None, State.from_bytes(np.array(ray.get(data)).data), told["seconds"])
-        except Exception as error:  # noqa: BLE001 (whatever it is, its role makes it once more)
-            ticket.done(ticket, ReplicaLost(f"the result was lost: {error}"))
-        else:
-            ticket.done(ticket, outcome)
-
     def _outcome(self, told: dict[str, Any], data: Any) -> Handover | Exception:
         """Return what a replica's answer means."""
         if "error" in told:
             return from_text(*told["error"])
-        turns = tuple(RoleType(role) for role in told["turns"])
-        if not turns:  # the result was here before
+        if not told["turns"]:  # nobody wants it any more
             return Handover(None, None, told["seconds"])
-        return Handover(turns[0], data, told["seconds"], then=turns[1:], handed=told["handed"])
+        return _handover(told["turns"], told["seconds"], data, handed=told["handed"])
 
     def _pulse(self) -> None:
         while not self._closed.wait(PULSE):
@@ -341,6 +348,21 @@ class RayEngine(Engine):
                 log.warning("this router has no part in the cluster's service: %s", error)
             except Exception:  # without this thread nobody would hear whether replicas live
                 log.exception("the pools could not be looked after")
+
+
+def _handover(turns: Iterable[str], seconds: float, data: Any, *, handed: bool = False) -> Handover:
+    """Return a request after a segment.
+
+    Args:
+        data: its state in the wire form, or a reference to it; the bytes themselves where it is the result.
+
+    Raises:
+        WireError: the result is damaged.
+    """
+    left = tuple(RoleType(role) for role in turns)
+    if not left:
+        return Handover(None, State.from_bytes(data.data), seconds)
+    return Handover(left[0], data, seconds, then=left[1:], handed=handed)
 
 
 def _check_pools(pools: list[Pool], roles: set[RoleType]) -> None:

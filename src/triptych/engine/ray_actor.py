@@ -61,14 +61,14 @@ class ReplicaActor:
     ) -> None:
         from triptych.engine.attempt import Attempts
         from triptych.engine.couriers import Couriers
-        from triptych.engine.inbox import Inbox
+        from triptych.engine.inbox import Inbox, Order
 
         if threads is not None:
             os.environ["OMP_NUM_THREADS"] = str(threads)  # read once, when torch is imported
         self._nixl = (expected or {}).get("transport") == "nixl"
         self._attempts = Attempts()
-        self._couriers = Couriers(nixl=self._nixl, faults=faults or {}, on_error=self._end_if_broken)
-        self._inbox = Inbox(self._receive)
+        self._couriers = Couriers(self._attempts, nixl=self._nixl, faults=faults or {}, on_error=self._end_if_broken)
+        self._inbox = Inbox(Order, self._receive)
         self._identity: dict[str, str] = {}
         self._loaded: Future[LanesReplica] = Future()
 
@@ -220,7 +220,7 @@ class ReplicaActor:
     @ray.method(concurrency_group="signs")
     def busy(self) -> int:
         """Return how many segments it has, or waits for."""
-        return sum(not each.answer.done() for _, each in self._attempts.all())
+        return sum(not each.ended.done() for _, each in self._attempts.all())
 
     @ray.method(concurrency_group="signs")
     def beat(self, wanted: Sequence[str] = (), look: float = LOOK) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import time
@@ -29,11 +30,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOOK = 0.5
-"""Seconds between two looks at whether the replica has been drained."""
+"""Seconds between two looks at whether the replica has been drained, or has finished."""
+QUIET = 3
+"""Looks in a row without work after which it has finished: by then every router knows that it is drained, and Ray has
+stored its last result."""
 FORGOTTEN = 10.0
 """Seconds after which a replica that the register does not name leaves: one that was started anew learns the names again."""
 DRAIN = 60.0
-"""Seconds that a replica gets to finish what it has."""
+"""Seconds that a replica gets to finish what it has when it is interrupted; one that is drained gets all it needs."""
 
 
 def join(
@@ -54,7 +58,7 @@ def join(
 ) -> None:
     """Run one replica of a role on this machine, in the service at `address`, until interrupted or drained.
 
-    On KeyboardInterrupt or SystemExit it is given nothing more, finishes what it has, and goes.
+    On KeyboardInterrupt or SystemExit it is given nothing more, has a minute to finish what it has, and goes.
 
     Args:
         on_ready: told what the replica says of itself once routers may use it.
@@ -89,7 +93,8 @@ def join(
     if on_ready is not None:
         on_ready(told)
     try:
-        _stay(register, actor, name)
+        if _stay(register, actor, name):
+            _finish(actor, name, math.inf)
     finally:
         _leave(register, actor, name)
 
@@ -114,8 +119,8 @@ def _wait_until_loaded(actor: Any) -> dict[str, Any]:
         raise ModelError(f"the replica could not start: {error}") from error
 
 
-def _stay(register: Any, actor: Any, name: str) -> None:
-    """Wait until somebody drains the replica, or the service is gone."""
+def _stay(register: Any, actor: Any, name: str) -> bool:
+    """Wait until somebody drains the replica, or the service is gone; returns whether it was drained."""
     known = time.monotonic()
     while time.monotonic() - known < FORGOTTEN:
         time.sleep(LOOK)
@@ -123,19 +128,26 @@ def _stay(register: Any, actor: Any, name: str) -> None:
         if member is not None:
             known = time.monotonic()
             if member["draining"]:
-                return
+                return True
+    return False
+
+
+def _finish(actor: Any, name: str, patience: float) -> None:
+    """Wait until the replica has nothing left, at most `patience` seconds."""
+    quiet, deadline = 0, time.monotonic() + patience
+    try:
+        while quiet < QUIET and time.monotonic() < deadline:
+            time.sleep(LOOK)
+            quiet = 0 if ray.get(actor.busy.remote(), timeout=DRAIN) else quiet + 1
+    except (RayActorError, GetTimeoutError) as error:
+        log.warning("%s could not be drained: %s", name, error)
 
 
 def _leave(register: Any, actor: Any, name: str) -> None:
-    """Finish what the replica has, strike it out of the service and end it."""
+    """Let the replica finish what it has, strike it out of the service and end it."""
     try:
-        ray.get(register.drain.remote(name))
-        time.sleep(2 * LOOK)  # until every router knows
-        deadline = time.monotonic() + DRAIN
-        while ray.get(actor.busy.remote(), timeout=DRAIN) and time.monotonic() < deadline:
-            time.sleep(LOOK / 5)
-    except (RayActorError, GetTimeoutError) as error:
-        log.warning("%s could not be drained: %s", name, error)
+        register.drain.remote(name)
+        _finish(actor, name, DRAIN)
     finally:
         register.remove.remote(name)
         ray.kill(actor)

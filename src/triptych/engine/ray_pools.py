@@ -13,20 +13,19 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from triptych.engine.inbox import Order
 from triptych.engine.pools import Pool
 from triptych.engine.ranks import placed
 from triptych.engine.ray_cluster import start_replica
 from triptych.engine.ray_register import NAMESPACE, enter, open_register
 from triptych.engine.ray_replica import RayReplica
-from triptych.engine.replica import Ticket
 from triptych.engine.router import Router
 from triptych.roles import RoleType, parse_roles
 
 log = logging.getLogger(__name__)
 
 SCALE_AFTER = 3.0
-"""Seconds of waiting work for each replica of a pool, beyond which it gets another, if it may; without any, any work is."""
+"""Seconds of work for each replica of a pool, beyond which it gets another, if it may and has more requests than replicas;
+without any, any work is."""
 IDLE = 60.0
 """Seconds without work after which a pool gives a replica back, if it may."""
 REPLACE = 10.0
@@ -45,16 +44,14 @@ class PoolKeeper:
         pools: how many replicas each is to have, as `Register.declare` takes it.
     """
 
-    def __init__(
-        self, router: Router, identity: dict[str, str], expect: Callable[[Ticket], Order], later: Callable[..., None]
-    ) -> None:
+    def __init__(self, router: Router, identity: dict[str, str], reply: str | None, later: Callable[..., None]) -> None:
         self.replicas: dict[str, RayReplica] = {}
         self.pools: dict[str, dict[str, Any]] = {}
         self._name = f"router-{secrets.token_hex(4)}"
-        self._router, self._identity, self._expect, self._later = router, identity, expect, later
+        self._router, self._identity, self._reply, self._later = router, identity, reply, later
         self._members: dict[str, dict[str, Any]] = {}
         self._epoch: str | None = None
-        self._work: dict[str, float] = {}  # seconds that all routers together have for each pool
+        self._work: dict[str, tuple[int, float]] = {}  # requests and seconds of all routers together, by pool
         self._failures: Counter[str] = Counter()  # replicas in a row that could not start, by pool
         self._lock = threading.Lock()  # so that nothing is drained while the pools are looked after
         self._register = open_register(self._name, identity)
@@ -125,8 +122,12 @@ class PoolKeeper:
         """Show the register that this router is alive, and what work it has; returns all that the register knows."""
         work = {}
         for pool in self.pools:
-            waiting = sum(ticket.predicted for role in parse_roles(pool) for ticket in self._router.waiting(role))
-            work[pool] = waiting + sum(each.backlog for each in self._of(pool))
+            waiting = [ticket for role in parse_roles(pool) for ticket in self._router.waiting(role)]
+            mine = self._of(pool)
+            # Not their tickets: a request may have several, of which one runs.
+            requests = {ticket.job for ticket in waiting}.union(ticket.job for each in mine for ticket in each.tickets)
+            seconds = sum(ticket.predicted for ticket in waiting) + sum(each.backlog for each in mine)
+            work[pool] = len(requests), seconds
         while (told := ray.get(self._register.pulse.remote(self._name, work), timeout=_PATIENCE)) is None:
             log.warning("the register does not know this router any more: it enters again")
             enter(self._register, self._name, self._identity, timeout=_PATIENCE)
@@ -147,6 +148,9 @@ class PoolKeeper:
             replica = self.replicas.pop(name)
             self._router.remove(replica, f"{name} left")
             replica.state = "closed"
+        # One that was struck out while another thread heard that it is ready was let in after that.
+        for ghost in [each for each in self._router.replicas if each not in self.replicas.values()]:
+            self._router.remove(ghost, f"{ghost.name} left")
 
     def _look_after(self, replica: RayReplica, *, keeping: bool) -> None:
         if replica.tickets:
@@ -195,17 +199,18 @@ class PoolKeeper:
                 self._register.drain.remote(surplus.name)
 
     def _autoscale(self) -> None:
-        """Grow pools whose requests wait long, and shrink those that have been idle."""
+        """Grow pools that have requests for another replica, and shrink those that have been idle."""
         now = time.monotonic()
         for name, pool in self.pools.items():
             mine = self._of(name)
-            work = self._work.get(name, 0.0)
+            requests, seconds = self._work.get(name, (0, 0.0))
             ready = all(each.state == "ready" for each in mine)
-            if ready and len(mine) >= pool["target"]:
+            if mine and ready and len(mine) >= pool["target"]:
                 self._failures.pop(name, None)
-            if ready and len(mine) < pool["most"] and work > SCALE_AFTER * len(mine):
+            much = not mine or seconds > SCALE_AFTER * len(mine)
+            if ready and much and len(mine) < min(pool["most"], requests):
                 target = len(mine) + 1
-            elif len(mine) > pool["least"] and all(now - each.busy > IDLE for each in mine):
+            elif not requests and len(mine) > pool["least"] and all(now - each.busy > IDLE for each in mine):
                 target = len(mine) - 1
             else:
                 continue
@@ -213,7 +218,7 @@ class PoolKeeper:
             self._register.scale.remote(name, target, fixed=False)
 
     def _replica(self, name: str, pool: str, actor: Any, *, joined: bool = False) -> RayReplica:
-        return RayReplica(name, pool, actor, self._expect, self._later, joined=joined)
+        return RayReplica(name, pool, actor, self._reply, self._later, joined=joined)
 
     def _of(self, pool: str) -> list[RayReplica]:
         """Return a pool's own replicas that are to stay."""

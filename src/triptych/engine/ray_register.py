@@ -39,7 +39,7 @@ class Register:
         self._members: dict[str, dict[str, Any]] = {}
         self._pools: dict[str, dict[str, Any]] = {}
         self._routers: dict[str, float] = {}
-        self._work: dict[str, dict[str, float]] = {}  # what each router last told of it
+        self._work: dict[str, dict[str, tuple[int, float]]] = {}  # what each router last told of it
         self._heard = time.monotonic()
         self._orphaned = orphaned
         threading.Thread(target=self._watch, daemon=True).start()
@@ -56,8 +56,8 @@ class Register:
             self._heard = self._routers[router] = time.monotonic()
         return self._identity
 
-    def pulse(self, router: str, work: dict[str, float]) -> dict[str, Any] | None:
-        """Take note that a router is alive, and how many seconds of work it has for each pool.
+    def pulse(self, router: str, work: dict[str, tuple[int, float]]) -> dict[str, Any] | None:
+        """Take note that a router is alive, and of the work that it has for each pool: how many requests, of what seconds.
 
         Returns all there is to know, or None where it has to enter (again): it was silent for too long, or Ray had to
         start this actor anew.
@@ -73,7 +73,7 @@ class Register:
             "keeper": alive[0],
             "members": self._members,
             "pools": self._pools,
-            "work": {pool: sum(each.get(pool, 0.0) for each in self._work.values()) for pool in self._pools},
+            "work": {pool: self._work_for(pool) for pool in self._pools},
         }
 
     def restore(self, members: dict[str, dict[str, Any]], pools: dict[str, dict[str, Any]]) -> None:
@@ -82,11 +82,11 @@ class Register:
         self._pools = {**pools, **self._pools}
 
     def leave(self, router: str) -> bool:
-        """Strike a router out; returns whether it was the last, and so the service has ended."""
+        """Strike a router out; the last one's end is the service's, and its replicas'. Returns whether it was the last."""
         self._routers.pop(router, None)
         if self._alive():
             return False
-        self._forget()
+        self._end()
         return True
 
     def declare(self, pools: dict[str, dict[str, Any]]) -> None:
@@ -139,19 +139,25 @@ class Register:
         self._routers = {name: heard for name, heard in self._routers.items() if now - heard < SILENT}
         return list(self._routers)
 
-    def _forget(self) -> None:
+    def _work_for(self, pool: str) -> tuple[int, float]:
+        """Return the requests and the seconds of all routers together."""
+        told = [work[pool] for work in self._work.values() if pool in work]
+        return sum(requests for requests, _ in told), sum(seconds for _, seconds in told)
+
+    def _end(self) -> None:
+        """End the service and all its replicas, even those that the last router has not met."""
+        members = self._members
         self._members, self._pools, self._identity = {}, {}, None
+        for name, member in members.items():
+            if not member["joined"]:  # those that joined see that they are struck out, and leave
+                end(name)
 
     def _watch(self) -> None:
         """End the replicas that no router is left for."""
         while True:
             time.sleep(1)
             if self._members and time.monotonic() - self._heard > self._orphaned:
-                members = self._members
-                self._forget()
-                for name, member in members.items():
-                    if not member["joined"]:  # those that joined see that they are struck out, and leave
-                        end(name)
+                self._end()
 
 
 def end(name: str) -> None:

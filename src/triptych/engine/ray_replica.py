@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -16,7 +17,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayTaskError
 
-from triptych.engine.inbox import Order, send
+from triptych.engine.inbox import Order, begin_sending
 from triptych.engine.local import SLOTS
 from triptych.engine.ray_actor import LOOK
 from triptych.engine.ray_register import NAMESPACE
@@ -32,6 +33,8 @@ SILENCE_LOADING = 60.0
 """The same while it loads, when a single library or file can keep its process from answering."""
 GIVE_UP = 3
 """Processes that may die while they load, where none has loaded before: such a model would never be ready."""
+LATE = 2.0
+"""Seconds after which a ticket that was given straight is asked for through Ray, too: its state, or its answer, may be lost."""
 _QUIET = 3
 """Signs of life without work after which a draining replica is done: by then every router knows that it is draining."""
 
@@ -51,7 +54,7 @@ class RayReplica(Replica):
         name: str,
         pool: str,
         actor: Any,
-        expect: Callable[[Ticket], Order],
+        reply: str | None,
         later: Callable[..., None],
         *,
         joined: bool = False,
@@ -70,18 +73,39 @@ class RayReplica(Replica):
         self.losses = 0  # times it died or hung
         self._loading = False  # whether the process that it has now has given a sign of life, but has not loaded
         self._quiet = 0  # signs of life since it was to be given nothing more, in which it had nothing
-        self._expect = expect
+        self._reply = reply  # where this router hears what is told straight
         self._later = later
+        self._asking = threading.Lock()
 
     def start(self, ticket: Ticket, payload: Any) -> None:
+        if ticket.asked:  # it waits there already
+            self._when_there(self.actor.hand.remote(self._order(ticket), payload).future(), "handed", ticket)
+        elif not (self._hears and (payload is None or self._give(ticket, payload))):
+            self.ask_for(ticket, payload)
+
+    def _give(self, ticket: Ticket, payload: Any) -> bool:
+        """Give the process a ticket and its state straight; returns False where that cannot be."""
+        if not isinstance(payload, np.ndarray):
+            return False
+        sent = begin_sending(self._order(ticket), payload.data, 0)
+        if sent is not None:
+            sent.close()  # whether it was taken shows: it is asked for if nothing comes
+        return sent is not None
+
+    def ask_for(self, ticket: Ticket, payload: Any = None) -> None:
+        """Ask through Ray what becomes of a ticket, and bring its state if it should not have that yet."""
+        with self._asking:  # once: who asks again is told that there is no such ticket
+            if ticket.asked:
+                return
+            ticket.asked = True
         order = Order(ticket.name) if payload is None else self._order(ticket)  # else its state brings the order
-        if ticket.expected and payload is not None:
-            self._when_there(self.actor.hand.remote(order, payload).future(), "handed", ticket)
-            return
-        if self._is_here and isinstance(payload, np.ndarray):  # Ray brings it too: what comes first counts
-            send(order, payload.data, wait=False)
         outcome, data = self.actor.run.options(num_returns=2).remote(order, payload)
         self._when_there(outcome.future(), "finished", ticket, data)
+
+    @property
+    def _hears(self) -> bool:
+        """Whether what it tells comes straight to this router, and the other way round."""
+        return self._is_here and self._reply is not None and self.told.get("inbox") is not None
 
     def _order(self, ticket: Ticket) -> Order:
         """Return what this process is to do for a ticket, and what those after it that it can reach."""
@@ -89,20 +113,23 @@ class RayReplica(Replica):
         next_one = None if ticket.ahead is None else ticket.ahead.replica
         if ticket.ahead is not None and isinstance(next_one, RayReplica) and next_one.node == self.node:
             then = next_one._order(ticket.ahead)
-        elif not ticket.handover.then and self._is_here:
-            then = self._expect(ticket)
         left = None if job.deadline is None else job.deadline - time.monotonic()
         if job.previews is not None and ticket.role is RoleType.DENOISER:
             count, projection = job.previews
             previews = count, projection.weight.tolist()
-        return Order(ticket.name, left, previews, self.told.get("inbox"), then)
+        return Order(ticket.name, left, previews, self.told.get("inbox"), then, self._reply if self._hears else None)
 
     def cancel(self, ticket: Ticket) -> None:
         self.actor.cancel.remote(ticket.name)
+        if ticket in self.tickets and not ticket.asked:  # one that has not begun there tells nothing of itself
+            self.ask_for(ticket)
 
     def ask(self) -> None:
-        """Ask for a sign of life, and say which tickets are still wanted."""
+        """Ask for a sign of life, say which tickets are still wanted, and ask for those that may be lost."""
         self.asked = asked = time.monotonic()
+        for ticket in list(self.tickets):
+            if not ticket.asked and ticket.after is None and asked - ticket.since > LATE:
+                self.ask_for(ticket, ticket.handover.payload)
 
         def take_note(_: Future[Any]) -> None:
             self._come = asked  # at once: who hears it may be busy, which is no fault of the replica's
@@ -148,9 +175,9 @@ class RayReplica(Replica):
         """Take note that its process died before it had loaded; Ray starts another one."""
         self._loading = False
         self.losses += 1
-        log.warning("%s died while it loaded, and is started anew", self.name)
+        log.warning("%s died or hung while it loaded, and is started anew", self.name)
         if self.losses >= GIVE_UP and "loaded_bytes" not in self.told:
-            problem = f"{self.losses} processes died while they loaded: is there memory enough for it?"
+            problem = f"{self.losses} processes died or hung while they loaded: is there memory enough for it?"
             self._give_up(RuntimeError(problem))
 
     def _give_up(self, error: BaseException) -> None:
@@ -242,8 +269,11 @@ class RayReplica(Replica):
 
     def lose(self, router: Router, reason: str) -> None:
         """Take note that the process has died or was killed; its tickets go elsewhere, and Ray starts it anew."""
-        if self.state != "closed":
-            self.state, self.asked, self._loading = "starting", None, False
+        if self._loading:
+            self.asked = None
+            self._lose_loading()
+        elif self.state != "closed":
+            self.state, self.asked = "starting", None
             self.losses += 1
             log.warning("%s; its requests go elsewhere, and it is started anew", reason)
             router.remove(self, reason)

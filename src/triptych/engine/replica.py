@@ -48,11 +48,11 @@ class Ticket:
         done: called once with what the segment left, or what went wrong.
         progress: the share of it that is done.
         computing: whether it is known to have begun.
-        shown: the step of its last preview.
         ahead: the job's next ticket, where a replica has been given that already.
         after: the ticket whose end this one waits for, where it was given ahead.
-        expected: whether it was given ahead, and its replica waits, or waited, for its state.
+        asked: whether its replica was asked to tell its end, where it does not of itself.
         early: how this one ended, where that was told before the end of the one it waited for.
+        answered: whether its replica has told its end straight, which need not be asked for any more.
         name: names it between processes.
     """
 
@@ -67,10 +67,10 @@ class Ticket:
     since: float = 0.0
     progress: float = 0.0
     computing: bool = False
-    shown: int = 0
     ahead: Ticket | None = None
     after: Ticket | None = None
-    expected: bool = False
+    asked: bool = False
+    answered: bool = False
     early: Handover | Exception | None = None
     name: str = field(init=False)
 
@@ -83,9 +83,9 @@ class Ticket:
         self.job.tell("step", role=self.role.value, stage=stage, step=step, steps=steps)
 
     def show(self, step: int, steps: int, png: bytes) -> None:
-        """Tell the job of a preview, unless it has been told."""
-        if step > self.shown:
-            self.shown = step
+        """Tell the job of a preview, unless it has been told; an earlier attempt may have."""
+        if step > self.job.shown:
+            self.job.shown = step
             self.job.tell("preview", step=step, steps=steps, png=png)
 
 

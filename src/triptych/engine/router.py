@@ -125,11 +125,10 @@ class Router:
         with self._idle:
             return self._idle.wait_for(lambda: not self._jobs, timeout)
 
-    def settle(self, ticket: Ticket, result: Handover) -> None:
-        """End a job whose result is there before its last replica has said that it is done."""
+    def find(self, name: str) -> Ticket | None:
+        """Return the ticket of that name which a replica has; None where it was done, or taken back."""
         with self._lock:
-            if ticket.after is None and ticket.replica is not None and ticket in ticket.replica.tickets:
-                self._proceed(ticket.job, result)
+            return next((ticket for each in self.replicas for ticket in each.tickets if ticket.name == name), None)
 
     # Replicas
 
@@ -147,7 +146,8 @@ class Router:
             self.replicas.remove(replica)
             given, replica.tickets = replica.tickets, []
             tickets = [ticket for ticket in given if ticket.after is None]
-            guilty = [ticket for ticket in tickets if ticket.computing] or tickets[:1]
+            # Roles without steps do not tell that they compute: then it is the one that was given first.
+            guilty = [each for each in tickets if each.computing] or sorted(tickets, key=lambda each: each.since)[:1]
             for ticket in given:
                 self._withdraw(ticket)
                 if ticket.after is not None:  # its turn has not come: somebody else gets it then
@@ -208,11 +208,15 @@ class Router:
                     other.start(ahead, None)
             except Exception as error:  # whatever it was: nobody else would ever answer
                 log.exception("%s: a segment could not be given to %s", ticket.job.id, replica.name)
-                failed.append((ticket, f"{replica.name} could not be given it ({error})"))
-        for ticket, reason in failed:
-            if ticket.replica is not None and ticket in ticket.replica.tickets:
-                self._take_back(ticket)
-                self._lose(ticket, reason, counts=True)
+                failed.append((ticket, str(error)))
+        for ticket, problem in failed:
+            self._fail_to_give(ticket, problem)
+
+    def _fail_to_give(self, ticket: Ticket, problem: str) -> None:
+        """Have a ticket run again that its replica could not be given."""
+        if ticket.replica is not None and ticket in ticket.replica.tickets:
+            self._take_back(ticket)
+            self._lose(ticket, f"{ticket.replica.name} could not be given it ({problem})", counts=True)
 
     def _note_start(self, ticket: Ticket, replica: Replica) -> None:
         ticket.replica, ticket.since = replica, time.monotonic()
@@ -233,7 +237,7 @@ class Router:
             predicted = self.costs.predict(role, work)
             coming = Handover(role, None, then=turns[number:])
             ahead = Ticket(job, role, coming, work, predicted, False, self._done, replica)
-            ahead.expected, ahead.after, ticket.ahead = True, ticket, ahead
+            ahead.after, ticket.ahead = ticket, ahead
             replica.tickets.append(ahead)
             reserved.append((ahead, replica))
             ticket = ahead
@@ -247,7 +251,11 @@ class Router:
         if ahead.early is not None:
             self._done(ahead, ahead.early)
         elif not handover.handed:
-            ahead.replica.start(ahead, handover.payload)
+            try:
+                ahead.replica.start(ahead, handover.payload)
+            except Exception as error:  # whatever it was: nobody else would ever answer
+                log.exception("%s: a state could not be given to %s", ahead.job.id, ahead.replica.name)
+                self._fail_to_give(ahead, str(error))
 
     def _withdraw(self, ticket: Ticket) -> None:
         """Take back what was given ahead of a ticket's end."""
@@ -277,6 +285,7 @@ class Router:
             ahead, ticket.ahead = ticket.ahead, None
             if isinstance(outcome, Handover):
                 self.costs.learn(ticket.role, ticket.work, outcome.seconds)
+                job.shown = 0
             if job.status in ENDED:
                 self._forget(job)
             elif isinstance(outcome, Handover):

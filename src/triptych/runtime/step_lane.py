@@ -181,7 +181,9 @@ class StepLane(Lane):
     def _urgency(self, runner: _Runner, now: float) -> float:
         """Return where a request stands in the queue: the seconds it still needs, less what its waiting is worth."""
         left = runner.turn.left * runner.size * self._seconds_each
-        late = runner.work.deadline is not None and now + left * 1.2 > runner.work.deadline
+        deadline = runner.work.deadline
+        # One that cannot be in time any more would only keep others from being so.
+        late = deadline is not None and now + left <= deadline < now + left * 1.2
         return -1e9 + left if late else left - AGEING * (now - runner.joined)
 
     def _choose(self) -> list[_Runner]:
