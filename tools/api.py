@@ -20,7 +20,8 @@ This is what a server tells of itself at `/openapi.json`, as a page. How to use 
 [Images](images.md), [Videos](videos.md). The family's own parameters go beside the fields below;
 `GET /v1/parameters` lists those of the model that is served.
 
-Every error has the form of `ErrorBody`, and every path but `/health` and `/ready` needs the key, if the server has one.
+Every error has the form of `ErrorBody`. If the server has keys, every path needs one but `/health`, `/ready`, the page at
+`/`, and `/v1/images/files/`, where names cannot be guessed.
 """
 
 

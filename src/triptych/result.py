@@ -141,6 +141,19 @@ def check_path(path: str | os.PathLike[str], outputs: Literal["images", "videos"
     return formats[path.suffix.lower()]
 
 
+def check_rate(format: str, fps: float) -> None:
+    """Check that a format of videos can play as many frames a second.
+
+    Raises:
+        ParameterError: it cannot.
+    """
+    # GIF has 16 bits for the 1/100 s that a frame stays, and MP4 is given a rate as a fraction of small numbers.
+    # A GIF counts in 1/100 s, and players slow 1/100 s down.
+    fastest = {"MP4": FASTEST, "GIF": 50, "WEBP": FASTEST}[format]
+    if not SLOWEST <= fps <= fastest:
+        raise ParameterError("fps", fps, f"{format} plays at least {SLOWEST} and at most {fastest} frames a second")
+
+
 def check_folder(path: Path) -> None:
     """Check that a file can be written at a path.
 
@@ -250,11 +263,7 @@ def _sounds(audio: Floats | None, sample_rate: int | None, count: int) -> list[S
 
 
 def _video_writer(video: object, format: str, fps: float, sound: Sound | None) -> Callable[[BinaryIO], None]:
-    # GIF has 16 bits for the 1/100 s that a frame stays, and MP4 is given a rate as a fraction of small numbers.
-    # A GIF counts in 1/100 s, and players slow 1/100 s down.
-    fastest = {"MP4": FASTEST, "GIF": 50, "WEBP": FASTEST}[format]
-    if not SLOWEST <= fps <= fastest:
-        raise ParameterError("fps", fps, f"{format} plays at least {SLOWEST} and at most {fastest} frames a second")
+    check_rate(format, fps)
     if not hasattr(video, "__iter__") or not (frames := [_picture(frame) for frame in video]):
         raise UsageError("a video needs at least one frame, and is a list of PIL images, an array or a tensor")
 

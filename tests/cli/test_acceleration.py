@@ -54,6 +54,7 @@ def test_each_role_gets_what_its_options_ask_for(monkeypatch: pytest.MonkeyPatch
         ("--denoiser-attention flahs", "denoiser: attention='flahs': .* did you mean 'flash'?"),
         ("--denoiser-offload group --device cpu", "denoiser: offload='group': .* runs on the CPU"),
         ("--denoiser-quantization fp8 --exact", "--exact True: the denoiser runs with quantization"),
+        ("--denoiser-quantization fp8 --param exact=true", "--param exact True: the denoiser runs with quantization"),
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(

@@ -136,6 +136,11 @@ def test_a_model_is_measured_alone_and_busy_and_told_whether_to_split(capsys: py
     assert "2 clients get" in figures["verdict"]
 
 
+def test_an_empty_name_is_not_the_model_that_ships(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "load", ""]) == 3
+    assert "an empty name is neither a folder nor a hub id" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -150,6 +155,13 @@ def test_a_model_is_measured_alone_and_busy_and_told_whether_to_split(capsys: py
         (["load", "--size", "64"], "width and height"),
         (["load", "-o", "nowhere/load.json"], "there is no folder 'nowhere'"),
         (["load", "-o", "."], "this is a folder"),
+        (["load", "--param", "seed=7"], "--param seed: every request has a seed of its own"),
+        (["load", "--steps", "4", "--param", "num_inference_steps=8"], "is given already, by --steps"),
+        (["load", "--size", "64x64", "--param", "width=32"], "--param width: width is given already, by --size"),
+        (["load", "--prompt", "a fox", "--param", "prompt=a cat"], "prompt is given already, by --prompt"),
+        (["split", "--param", "exact=false"], "--param exact: split compares requests that run each by itself"),
+        (["split", "--clients", "1"], "--clients 1: split compares one request after another"),
+        (["split", "--requests", "1"], "--requests 1: split compares one request after another"),
         (["load", "--param", "steps"], "name=value"),
         (["split", "--steps", "0", "--device", "cpu"], "num_inference_steps"),
     ],

@@ -194,6 +194,8 @@ def test_a_parameter_takes_a_picture_or_a_video_from_a_file() -> None:
     assert given["last_image"].tobytes() == frames[0].tobytes()
     shades = [frame.getpixel((8, 8))[0] for frame in given["video"]]
     assert shades == pytest.approx([40, 120, 200], abs=4)
+    Path("2024-05-01T12:30:00.mp4").write_bytes(Path("clip.mp4").read_bytes())  # no protocol of FFmpeg's
+    assert len(dict(parse_parameters(["video=@2024-05-01T12:30:00.mp4"]))["video"]) == 3
     Path("text.mp4").write_text("no video")
     for text, message in (("video=@text.mp4", "--param video text.mp4"), ("video=@none.mp4", "No such file"),
                           ("last_image=@text.png", "--param last_image text.png")):  # fmt: skip
@@ -262,6 +264,36 @@ def test_the_model_may_be_named_by_option_but_once(klein: str, capsys: pytest.Ca
 
 def test_without_a_model_the_embedded_one_is_taken() -> None:
     assert generate.model_and_prompt(["a red heart"], None) == (embedded.path(), "a red heart")
+
+
+@pytest.mark.parametrize("argument", ["black-forest-labs/FLUX.2-klein-4B", "models", "./models", "and/or"])
+def test_a_model_without_a_prompt_is_not_drawn(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("models").mkdir()
+    assert run(["generate", argument, *QUICK]) == 2
+    assert f"{argument!r} looks like a model, and the prompt is missing" in capsys.readouterr().err
+    assert generate.model_and_prompt([argument], "some/model") == ("some/model", argument)
+    assert generate.model_and_prompt([f"{argument} "], None) == (embedded.path(), f"{argument} ")
+
+
+def test_an_empty_name_is_no_model_and_no_path(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("model_index.json").write_text("{}")
+    for arguments in (["", "a fox"], ["a fox", "--model", ""]):
+        assert run(["generate", *arguments]) == 3
+        assert "an empty name is neither a folder nor a hub id" in capsys.readouterr().err
+    for option in ("-o", "--image"):
+        assert run(["generate", "a fox", option, ""]) == 2
+        assert "a path is accepted, and this is empty" in capsys.readouterr().err
+
+
+def test_a_rate_that_the_file_cannot_have_is_told_before_weights_are_read(
+    tiny_repo: TinyRepo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repo = shutil.copytree(tiny_repo("ltx2"), tmp_path / "headers")
+    tiny.header_only(repo)
+    asked = ["a fox", "--param", "frame_rate=60", "--device", "cpu"]
+    assert run(["generate", str(repo), *asked, "-o", "clip.gif"]) == 2
+    assert "fps=60.0: GIF plays at least 0.01 and at most 50 frames a second" in capsys.readouterr().err
+    assert run(["generate", str(repo), *asked, "-o", "clip.mp4"]) == 3  # it has no weights to be read
 
 
 @pytest.mark.parametrize("prompt", ["a red heart " * 22, "a red heart/" * 400, "a\0heart"])

@@ -76,6 +76,14 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(
     assert captured.out == ""
 
 
+def test_an_empty_name_is_not_the_folder_one_is_in(
+    tiny_repo: TinyRepo, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_repo("flux2_klein"))
+    assert run(["plan", ""]) == 3
+    assert "an empty name is neither a folder nor a hub id" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_no_model_is_exit_code_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", str(tmp_path)]) == 3
     assert "model_index.json" in capsys.readouterr().err

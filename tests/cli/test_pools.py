@@ -68,6 +68,40 @@ def test_what_cannot_be_is_exit_code_2(
     assert scalable == []
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "application/json", None])
+def test_a_pool_is_scaled_whatever_kind_the_body_says_it_is(
+    scalable: list[tuple[object, ...]], caller: Caller, kind: str | None
+) -> None:
+    headers = {} if kind is None else {"Content-Type": kind}
+    response = caller.post("/v1/pools/encoder+decoder", content=b'{"replicas": 4}', headers=headers)
+    assert (response.status_code, scalable) == (202, [("scale", "encoder+decoder", 4)])
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "parameter", "message"),
+    [
+        (
+            b'{"replicas": 4',
+            "bad_request",
+            None,
+            'the body is not what is accepted, as in {"replicas": 4}: Invalid JSON',
+        ),
+        (b"[4]", "bad_request", None, "the body is not what is accepted"),
+        (b"{}", "bad_parameter", "replicas", "replicas=None: Field required"),
+        (b'{"replicas": "4"}', "bad_parameter", "replicas", "replicas='4': Input should be a valid integer"),
+        (b'{"replica": 4, "replicas": 4}', "bad_parameter", "replica", "replica=4: Extra inputs are not permitted"),
+    ],
+)
+def test_a_body_that_says_no_size_is_refused_by_what_is_wrong_with_it(
+    scalable: list[tuple[object, ...]], caller: Caller, body: bytes, code: str, parameter: str | None, message: str
+) -> None:
+    response = caller.post("/v1/pools/encoder+decoder", content=body, headers={"Content-Type": "application/json"})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, code, parameter)
+    assert message in error["message"]
+    assert scalable == []
+
+
 @pytest.mark.parametrize("command", [["scale", "denoiser", "2"], ["drain", "denoiser-0"]])
 def test_a_service_in_one_process_says_why_its_replicas_are_fixed(
     caller: Caller, capsys: pytest.CaptureFixture[str], command: list[str]

@@ -6,7 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +218,31 @@ def test_a_service_may_be_silent_while_it_makes_the_file(caller: Caller, monkeyp
         other._http.timeout = httpx.Timeout(0.3)
         other.fetch(request, 0, "png", file)
     assert file.getvalue().startswith(b"\x89PNG")
+
+
+def test_as_many_requests_are_on_their_way_as_there_are_clients() -> None:
+    clients = 120
+    together = threading.Barrier(clients)
+
+    class Meeting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            together.wait(10)
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = clients
+
+    with Server(("127.0.0.1", 0), Meeting) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Client(f"http://127.0.0.1:{server.server_port}") as other, ThreadPoolExecutor(clients) as pool:
+            assert list(pool.map(other.get, ["/"] * clients)) == [{}] * clients
+        server.shutdown()
 
 
 def test_a_result_is_forgotten_once_it_is_written(caller: Caller) -> None:

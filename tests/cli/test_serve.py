@@ -2,6 +2,7 @@
 
 import socket
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +57,8 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--policy", "random"], "policy='random': one of predicted, round_robin, max_free_slots is accepted"),
         (["--denoiser", "abacus", "--dtype", "float32"], "device='abacus'"),
         (["--host", "256.0.0.1"], "cannot listen on 256.0.0.1"),
+        (["--host", "gpu..local"], "cannot listen on gpu..local"),
+        (["--host", f"{'x' * 64}.local"], "cannot listen on xxx"),
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(
@@ -69,17 +72,38 @@ def test_what_cannot_be_is_told_in_one_line(
     assert captured.out == ""
 
 
-def test_a_model_that_is_missing_is_exit_code_3(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where folders of state lie."""
+    monkeypatch.setenv("TRIPTYCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_model_that_is_missing_is_exit_code_3_and_leaves_no_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, cache: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     assert run(["serve", "--port", "0", str(tmp_path / "empty")]) == 3
     assert "model_index.json" in capsys.readouterr().err
+    assert run(["serve", "--port", "0", ""]) == 3
+    assert "an empty name is neither a folder nor a hub id" in capsys.readouterr().err
+    assert list((cache / "state").iterdir()) == []
 
 
-def test_a_port_that_is_taken_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken_is_exit_code_2_and_leaves_no_folder(
+    capsys: pytest.CaptureFixture[str], cache: Path
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert run(["serve", "--port", str(port)]) == 2
         assert f"cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
+    assert list((cache / "state").iterdir()) == []
+
+
+def test_a_folder_that_was_there_stays_though_the_server_cannot_start(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    assert run(["serve", "--port", "0", "--state-dir", str(tmp_path / "state"), str(tmp_path)]) == 3
+    assert (tmp_path / "state" / "jobs.sqlite3").exists()
 
 
 @pytest.fixture
@@ -105,6 +129,23 @@ ROUTING = {"policy": "predicted", "max_waiting": 256, "warm_up": True}
 def test_without_options_everything_is_in_this_process(engines: Any) -> None:
     assert run(["serve", "model"]) == 0
     assert engines == [("local", ("model",), {**PLAIN, **ROUTING, "slots": None})]
+
+
+@pytest.mark.parametrize("option", ["--state-dir", "--lora-dir", "--ssl-certfile", "--ssl-keyfile"])
+def test_an_empty_path_is_not_the_folder_one_is_in(
+    engines: Any, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert run(["serve", "model", "--ssl-certfile", "a.pem", option, ""]) == 2
+    assert f"Invalid value for '{option}': a path is accepted, and this is empty" in capsys.readouterr().err
+    assert engines == []
+
+
+@pytest.mark.parametrize("option", ["--drain", "--encoder-gpus", "--denoiser-gpus", "--decoder-gpus"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_numbers_are_finite(engines: Any, capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
+    assert run(["serve", "model", option, value]) == 2
+    assert f"Invalid value for '{option}'" in capsys.readouterr().err
+    assert engines == []
 
 
 def test_devices_threads_and_switches_reach_the_local_engine(engines: Any) -> None:

@@ -51,9 +51,12 @@ def test_what_other_engines_tell_of_their_replicas_is_shown_and_what_they_do_not
     assert "waiting for: denoiser 3" in frame
 
 
+@pytest.mark.parametrize("terminal", ["0", "1"])
 def test_a_live_view_goes_on_until_ctrl_c_through_a_service_that_is_away_for_a_moment(
-    caller: Caller, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    caller: Caller, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: str
 ) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", terminal)
+    monkeypatch.setenv("TERM", "xterm")
     naps = 0
 
     def sleep(_: float) -> None:
@@ -73,7 +76,34 @@ def test_a_live_view_goes_on_until_ctrl_c_through_a_service_that_is_away_for_a_m
     monkeypatch.setattr(top.time, "sleep", sleep)
     assert run(["top", caller.url]) == 130
     assert naps == 3
-    assert "emoji-64" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "emoji-64" in shown and "it is away" in shown
+    assert ("\033[?1049h" in shown) == (terminal == "1")  # the terminal's other screen
+
+
+@pytest.mark.parametrize("terminal", [{}, {"TTY_COMPATIBLE": "1", "TERM": "dumb"}], ids=["pipe", "dumb"])
+def test_where_nothing_can_be_drawn_over_every_frame_is_printed_when_it_comes(
+    caller: Caller, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: dict[str, str]
+) -> None:
+    printed: list[str] = []
+
+    def sleep(seconds: float) -> None:
+        assert seconds == 0.5
+        printed.append(capsys.readouterr().out)
+        if len(printed) == 3:
+            raise KeyboardInterrupt
+
+    for name, value in terminal.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(top.time, "sleep", sleep)
+    assert run(["top", caller.url, "--interval", "0.5"]) == 130
+    assert all("emoji-64" in each for each in printed)
+
+
+@pytest.mark.parametrize("interval", ["inf", "nan"])
+def test_an_interval_is_finite(caller: Caller, capsys: pytest.CaptureFixture[str], interval: str) -> None:
+    assert run(["top", caller.url, "--interval", interval]) == 2
+    assert "--interval" in capsys.readouterr().err
 
 
 def test_an_address_where_nobody_serves_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,6 +141,8 @@ def test_the_unit_starts_what_exists() -> None:
     accept(command.split()[1:])
     drain = 30  # seconds, `--drain`
     assert int(unit["Service"]["TimeoutStopSec"]) > drain
+    assert unit["Service"]["SuccessExitStatus"] == "143"  # of a signal while it loads
+    assert "Documentation" not in unit["Unit"]  # the page is not installed with the package
 
 
 def test_the_unit_keeps_requests_to_its_user() -> None:

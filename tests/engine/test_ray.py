@@ -109,6 +109,7 @@ def test_a_result_that_is_damaged_on_its_way_is_made_again_by_its_role_alone(
             return State.from_bytes(data)
 
     monkeypatch.setattr(engine._inbox, "_receive", lambda order, data: None)  # results do not come straight
+    monkeypatch.setattr(ray_replica, "LATE", 0.5)
     monkeypatch.setattr(engine_ray, "State", Carried)
     job = engine.submit(Request(**ASK))
     assert torch.equal(job.result(60).images, whole.generate(**ASK).images)

@@ -211,6 +211,22 @@ def test_a_model_on_this_machine_is_known_by_where_it_lies(tmp_path: Path, monke
     assert default_folder(".") != expected
 
 
+def test_a_model_s_path_need_not_be_utf_8() -> None:
+    folder = default_folder(os.fsdecode(b"/models/caf\xe9"))
+    assert folder.name.startswith("caf-") and folder != default_folder(os.fsdecode(b"/models/caf\xe8"))
+
+
+def test_a_folder_made_for_nothing_goes_again(tmp_path: Path) -> None:
+    JobStore(tmp_path / "new").close(unused=True)
+    assert list(tmp_path.iterdir()) == []
+    store = JobStore(tmp_path / "used")
+    put(tmp_path / "used", ["results/notes.txt"])
+    store.close(unused=True)
+    assert (tmp_path / "used" / "jobs.sqlite3").exists()
+    JobStore(tmp_path / "used").close(unused=True)
+    assert (tmp_path / "used" / "jobs.sqlite3").exists()
+
+
 def test_a_file_is_written_in_full_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_atomically(tmp_path / "file", b"before")
 

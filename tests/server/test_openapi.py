@@ -40,6 +40,16 @@ def test_every_operation_names_what_the_guard_and_the_bounds_of_bodies_answer(pa
     assert {"410", "504", "429"} <= statuses(paths["/v1/images/generations"]["post"])
 
 
+def test_bodies_are_described_in_every_kind_that_is_taken(paths: dict[str, Any]) -> None:
+    for path in ("/v1/images/edits", "/v1/videos", "/v1/videos/sync"):
+        content = paths[path]["post"]["requestBody"]["content"]
+        assert set(content) == {"application/json", "multipart/form-data"}, path
+    for each in paths["/v1/videos"]["post"]["requestBody"]["content"].values():
+        assert {"user", "fps"} <= set(each["schema"]["properties"])
+    size = paths["/v1/pools/{pool}"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert set(size["properties"]) == {"replicas"}
+
+
 def test_every_failure_has_the_one_form_and_a_meaning(paths: dict[str, Any]) -> None:
     for methods in paths.values():
         for operation in methods.values():

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -336,6 +337,16 @@ def test_the_status_tells_of_replicas_and_of_requests_on_their_way(caller: Calle
     assert current["id"] == request["id"]
     assert current["progress"]["steps"] == 900
     caller.delete(request["links"]["self"])
+
+
+def test_a_model_whose_path_is_not_utf_8_can_be_told_of(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine().front.family.repository.files, "name", os.fsdecode(b"/models/caf\xe9"))
+    name = r"caf\udce9"
+    assert caller.get("/v1/status").json()["model"] == f"/models/{name}"
+    assert caller.get("/v1/parameters").json()["model"] == f"/models/{name}"
+    assert [each["id"] for each in caller.get("/v1/models").json()["data"]] == [name]
+    answer = caller.post("/v1/images/generations", json={**QUICK, "model": name})
+    assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize(

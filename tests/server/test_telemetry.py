@@ -1,5 +1,6 @@
 """Telemetry: what is counted of requests and replicas, and the spans that a collector is sent."""
 
+import errno
 import gc
 import itertools
 import json
@@ -117,13 +118,24 @@ class Late:
         self.heard.append(event)
 
 
-def test_what_is_not_taken_on_is_counted_by_its_reason(serve: Callable[..., Caller]) -> None:
+def test_what_is_not_taken_on_is_counted_by_its_reason(
+    serve: Callable[..., Caller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_space(_: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     caller = serve()
     caller.post("/v1/requests", content=b"{")
     caller.post("/v1/requests", json={}, headers={"Origin": "https://evil.example"})
     caller.get("/v1/requests/nothing")
+    unread = caller.post("/v1/images/generations", content=b"prompt", headers={"Content-Type": "text/plain"})
+    assert unread.status_code == 415
+    with monkeypatch.context() as full:
+        full.setattr(caller.service, "submit", no_space)
+        assert caller.post("/v1/requests", json={"parameters": QUICK}).status_code == 507
     told = metrics_of(caller)
-    assert told["triptych_rejections_total", ("not_accepted",)] == 1
+    assert told["triptych_rejections_total", ("not_accepted",)] == 2
+    assert told["triptych_rejections_total", ("no_space",)] == 1
     assert told["triptych_rejections_total", ("not_allowed",)] == 1
     assert told["triptych_http_responses_total", ("404",)] == 1
 

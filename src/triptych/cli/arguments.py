@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from triptych.state import State
 
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
 def model_and_prompt(arguments: list[str], model: str | None) -> tuple[str | Path, str]:
     """Return the model and the prompt that the positional arguments and `--model` name.
 
@@ -37,9 +40,12 @@ def model_and_prompt(arguments: list[str], model: str | None) -> tuple[str | Pat
         raise UsageError(f"the prompt is missing; {example}")
     if len(arguments) == 2:
         return arguments[0], arguments[1]
-    # Not `Path.is_file`: it raises for what is too long to be a path, as prompts may be.
-    if model is None and os.path.isfile(os.path.join(arguments[0], "model_index.json")):
-        raise UsageError(f"{arguments[0]} is a model, and the prompt is missing; {example}")
+    # Not `Path.is_dir`: it raises for what is too long to be a path, as prompts may be.
+    if model is None and (os.path.isdir(arguments[0]) or _HUB_ID.fullmatch(arguments[0])):
+        raise UsageError(
+            f"{arguments[0]!r} looks like a model, and the prompt is missing; {example}. If it is the prompt, put a space "
+            "after it"
+        )
     return embedded.path() if model is None else model, arguments[0]
 
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from triptych.cli.arguments import parse_parameters, parse_size
+from triptych.cli.arguments import Asked, parse_parameters, parse_size
 from triptych.cli.client import Client, ServiceError
 from triptych.cli.console import logging_to, quieten_libraries, stderr_console
 from triptych.cli.errors import reported
 from triptych.cli.leaving import at_once
-from triptych.cli.options import MODEL_HELP, Debug, Dtype, Revision, Variant, dtype_spec
+from triptych.cli.options import MODEL_HELP, Debug, Dtype, Revision, Variant, dtype_spec, path_of
 from triptych.cli.output import progress
 from triptych.cli.remote import as_json, check_json
 from triptych.errors import UsageError
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from triptych.bench.load import Ask, Load
 
+_PROMPT = "a red heart"
 _PATIENCE = 5.0  # seconds until a service has let go of what it was asked for
 
 
@@ -57,8 +58,9 @@ def bench(
     clients: Annotated[int, typer.Option(min=1, help="They ask again as soon as they have their answer.")] = 8,
     requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 32,
     prompt: Annotated[
-        str, typer.Option(help="Of every request; their seeds differ, and --server appends a number.")
-    ] = "a red heart",
+        str | None,
+        typer.Option(help="Of every request; their seeds differ, and --server appends a number.", show_default=_PROMPT),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Width and height: 1024x768.")] = None,
     param: Annotated[
@@ -66,7 +68,8 @@ def bench(
         typer.Option(metavar="NAME=VALUE", help="Any other parameter of the family; may be repeated."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the figures there, in JSON.")
+        Path | None,
+        typer.Option("--output", "-o", parser=path_of, metavar="FILE", help="Write the figures there, in JSON."),
     ] = None,
     device: Annotated[
         str | None,
@@ -91,18 +94,30 @@ def bench(
             check_folder(output)
             if output.is_dir():
                 raise UsageError(f"--output {output}: this is a folder; name a file in it")
-        parameters = {"prompt": prompt, "exact": scenario is Scenario.SPLIT, **dict(parse_parameters(param or []))}
-        parameters |= dict(zip(("width", "height"), parse_size(size)))
-        if steps is not None:
-            parameters["num_inference_steps"] = steps
+        asked = Asked()
+        asked.add("prompt", prompt, "--prompt")
+        asked.add("num_inference_steps", steps)
+        for name, pixels in zip(("width", "height"), parse_size(size)):
+            asked.add(name, pixels, "--size")
+        for name, value in parse_parameters(param or []):
+            asked.add(name, value, f"--param {name}")
+        if "seed" in asked.values:
+            raise UsageError("--param seed: every request has a seed of its own")
+        split = scenario is Scenario.SPLIT
+        if split and asked.values.get("exact", True) is not True:
+            raise UsageError("--param exact: split compares requests that run each by itself, which exact ones do")
+        if split and min(clients, requests) < 2:
+            what = "--clients" if clients < 2 else "--requests"
+            raise UsageError(f"{what} 1: split compares one request after another with several at a time")
+        parameters = {"prompt": _PROMPT, "exact": split, **asked.values}
         places = {"--device": device, "--dtype": dtype, "--revision": revision, "--variant": variant}
         with _asking(model, server, parameters, places, console) as ask:
             ask(0)  # what happens only once is not measured, and what is wrong with a request is told at once
-            loads = [_measure(ask, max(3, requests // 2), 1, console)] if scenario is Scenario.SPLIT else []
+            loads = [_measure(ask, max(3, requests // 2), 1, console)] if split else []
             loads.append(_measure(ask, requests, clients, console))
         _show(loads)
         figures: dict[str, object] = {"scenario": scenario.value, "loads": [each.figures() for each in loads]}
-        if scenario is Scenario.SPLIT:
+        if split:
             from triptych.bench.verdict import verdict
 
             figures["verdict"] = said = verdict(*loads)
@@ -124,7 +139,7 @@ def _asking(
     if server is not None:
         given = [option for option, value in places.items() if value is not None]
         if model is not None or given:
-            raise UsageError(f"--server: {'the model' if model else given[0]} is the service's to choose")
+            raise UsageError(f"--server: {given[0] if model is None else 'the model'} is the service's to choose")
         sent = {name: as_json(value) for name, value in parameters.items()}
         for name, value in sent.items():
             check_json(name, value)
@@ -133,7 +148,7 @@ def _asking(
         return
     from triptych import embedded
 
-    source = model or embedded.path()
+    source = embedded.path() if model is None else model
     console.print(f"Opening {source}", markup=False, soft_wrap=True)
     devices = [each.strip() for each in (places["--device"] or "auto").split(",")]
     if len(devices) not in (1, 3):

@@ -39,7 +39,9 @@ class Client:
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise UsageError(f"{url!r} is no URL of a service, such as http://127.0.0.1:8000")
         self.url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, timeout=_TIMEOUT, headers=_authorization())
+        # As many connections as there are clients to be measured: one that waits for another's would count as slow.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self._http = httpx.Client(base_url=self.url, timeout=_TIMEOUT, headers=_authorization(), limits=limits)
 
     def __enter__(self) -> Self:
         return self

@@ -15,7 +15,7 @@ from triptych.cli.console import logging_to, quieten_libraries, stderr_console
 from triptych.cli.errors import reported
 from triptych.cli.leaving import at_once
 from triptych.cli.media import open_images
-from triptych.cli.options import Debug, Dtype, Revision, Tasks, Variant, dtype_spec
+from triptych.cli.options import Debug, Dtype, Revision, Tasks, Variant, dtype_spec, path_of
 from triptych.cli.output import check_output, kind_of, output_path, progress, summary
 from triptych.cli.remote import check_remote, generate_remotely
 from triptych.runtime.collection import collection_paused
@@ -71,7 +71,10 @@ def generate(
     image: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FILE", help="A picture to start from or to refer to; may be repeated.", rich_help_panel=_REQUEST
+            parser=path_of,
+            metavar="FILE",
+            help="A picture to start from or to refer to; may be repeated.",
+            rich_help_panel=_REQUEST,
         ),
     ] = None,
     num_images: Annotated[
@@ -117,6 +120,8 @@ def generate(
         typer.Option(
             "--output",
             "-o",
+            parser=path_of,
+            metavar="PATH",
             help="Where to write: .png, .jpg, .webp; .mp4, .gif for videos. Replaces what is there. Left out, or a folder: "
             "<prompt>-<seed>.png (.mp4) under a name that is free. Several outputs are numbered.",
             rich_help_panel=_OUTPUT,
@@ -177,8 +182,6 @@ def generate(
             local = {"--model": model, "--dtype": dtype, "--tasks": tasks, "--revision": revision, "--variant": variant}
             check_remote(arguments, {**local, "--device": device, "--split": split or None, **flags(acceleration)})
         faster = accelerations(acceleration)
-        if exact is None and any(each.inexact for each in faster.values()):
-            exact = False  # the default is the exact one only where there is one
         source, prompt = model_and_prompt(arguments, model)
         asked = Asked()
         asked.add("prompt", prompt)
@@ -199,6 +202,8 @@ def generate(
         for name, value in parse_parameters(param or []):
             asked.add(name, value, f"--param {name}")
         asked.add("image", open_images(image or []))
+        if any(each.inexact for each in faster.values()):
+            asked.values.setdefault("exact", False)  # the default is the exact one only where there is one
 
         if server is not None:
             for each in generate_remotely(server, asked, output, console):
@@ -221,7 +226,7 @@ def generate(
                 )
             state = asked.admit(checker)
             kind = kind_of(checker.family, state)
-            check_output(output, kind)
+            check_output(output, kind, checker.family.frame_rate(state.fields))
         options["revision"] = checker.family.repository.files.revision or revision  # no two roles of two revisions
         loading = {"libraries, checks": time.perf_counter() - began}
 

@@ -36,7 +36,7 @@ def open_video(path: Path, option: str) -> list[Image]:
     from PIL.Image import fromarray
 
     try:
-        with av.open(path) as container:
+        with av.open(path.absolute()) as container:  # FFmpeg takes what precedes a colon for a protocol
             frames = [
                 fromarray(frame.to_ndarray(format="rgb24")).rotate(frame.rotation, expand=True)
                 for frame in container.decode(video=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -57,6 +59,28 @@ Variant = Annotated[
     typer.Option(help="The weight files' variant, such as fp16.", rich_help_panel="Model"),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def path_of(text: str) -> Path:
+    """Return the path that an option names: the parser of every one that takes a path.
+
+    Raises:
+        BadParameter: it is empty, which Python takes for the folder that the process works in.
+    """
+    if not text:
+        raise typer.BadParameter("a path is accepted, and this is empty")
+    return Path(text)
+
+
+def finite(value: float | None) -> float | None:
+    """Return a number, if it is finite: the callback of options whose bounds let infinity through, or have none.
+
+    Raises:
+        BadParameter: it is not.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter("a finite number is accepted")
+    return value
 
 
 def dtype_spec(text: str | None) -> DtypeSpec:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from triptych.errors import UsageError
-from triptych.result import check_path
+from triptych.result import check_path, check_rate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,13 +26,18 @@ _SLUG, _SLUG_BYTES = 60, 180
 _SUFFIXES: dict[Kind, str] = {"images": ".png", "videos": ".mp4"}
 
 
-def check_output(asked: Path | None, kind: Kind) -> None:
+def check_output(asked: Path | None, kind: Kind, rate: float | None = None) -> None:
     """Check, before the outputs are made, that they can be written where they are to go.
 
+    Args:
+        rate: frames per second, where that is known.
+
     Raises:
-        UsageError: the suffix, the name or the folder does not suit.
+        UsageError: the suffix, the name, the folder or the rate does not suit.
     """
-    check_path(_named(asked, f"output{_SUFFIXES[kind]}"), kind)
+    format = check_path(_named(asked, f"output{_SUFFIXES[kind]}"), kind)
+    if rate is not None:
+        check_rate(format, rate)
 
 
 def output_path(asked: Path | None, kind: Kind, *, prompt: str, seed: int, count: int) -> Path:

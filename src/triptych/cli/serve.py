@@ -18,7 +18,18 @@ from triptych.cli.engine import choose_engine, threads_of
 from triptych.cli.errors import reported
 from triptych.cli.leaving import at_once
 from triptych.cli.listening import announce, listen
-from triptych.cli.options import MODEL_HELP, Debug, Dtype, Revision, Tasks, Variant, by_role, dtype_spec
+from triptych.cli.options import (
+    MODEL_HELP,
+    Debug,
+    Dtype,
+    Revision,
+    Tasks,
+    Variant,
+    by_role,
+    dtype_spec,
+    finite,
+    path_of,
+)
 from triptych.errors import UsageError
 from triptych.roles import WORKERS, RoleType
 from triptych.runtime.collection import collection_paused
@@ -32,7 +43,7 @@ _HTTP, _LOCAL, _RAY, _RUNNING = "HTTP", "In this process", "On Ray", "Running"  
 
 def _gpus(help: str) -> Any:
     """Return the option of how many GPUs a role's replicas reserve."""
-    return typer.Option(metavar="N", min=0, help=help, rich_help_panel=_RAY)
+    return typer.Option(metavar="N", min=0, callback=finite, help=help, rich_help_panel=_RAY)
 
 
 _ROUTING = {"policy", "max_waiting", "warm_up"}
@@ -54,6 +65,7 @@ def serve(
         typer.Option(
             metavar="SECONDS",
             min=0,
+            callback=finite,
             help="How long running requests may take after Ctrl-C or SIGTERM.",
             rich_help_panel=_HTTP,
         ),
@@ -82,15 +94,19 @@ def serve(
         ),
     ] = None,
     ssl_certfile: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Encrypt, with this certificate.", rich_help_panel=_HTTP)
+        Path | None,
+        typer.Option(parser=path_of, metavar="FILE", help="Encrypt, with this certificate.", rich_help_panel=_HTTP),
     ] = None,
     ssl_keyfile: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Its private key, where not in the same file.", rich_help_panel=_HTTP),
+        typer.Option(
+            parser=path_of, metavar="FILE", help="Its private key, where not in the same file.", rich_help_panel=_HTTP
+        ),
     ] = None,
     lora_dir: Annotated[
         list[Path] | None,
         typer.Option(
+            parser=path_of,
             metavar="DIR",
             help="A folder whose safetensors files requests may name as LoRAs, beside those in the model's own; may be "
             "repeated. Every machine needs it under the same path.",
@@ -104,6 +120,7 @@ def serve(
     state_dir: Annotated[
         Path | None,
         typer.Option(
+            parser=path_of,
             metavar="DIR",
             help="Where requests and results are kept, so that they outlive this process; by default a folder for the "
             "model.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ import typer
 from triptych.cli.client import Client, ServiceError
 from triptych.cli.console import human
 from triptych.cli.errors import reported
-from triptych.cli.options import Debug
+from triptych.cli.options import Debug, finite
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -28,7 +29,7 @@ def top(
         str, typer.Argument(help="Where `triptych serve` listens.", metavar="[URL]")
     ] = "http://127.0.0.1:8000",
     once: Annotated[bool, typer.Option("--once", help="Show one frame and end.")] = False,
-    interval: Annotated[float, typer.Option(help="Seconds between frames.", min=0.1)] = 1.0,
+    interval: Annotated[float, typer.Option(help="Seconds between frames.", min=0.1, callback=finite)] = 1.0,
     debug: Debug = False,
 ) -> None:
     """Show pools, replicas, queues, steps and bytes of a running service, until Ctrl-C.
@@ -46,17 +47,29 @@ def top(
 
 
 def _watch(client: Client, console: Any, interval: float) -> None:
+    first = frame(client.get("/v1/status"))  # an address that is wrong is told at once
+    if not console.is_terminal or console.is_dumb_terminal:  # where Rich's live view shows nothing before its end
+        console.print(first)
+        for each in _frames(client, interval):
+            console.print(each)
+        return
     from rich.live import Live
+
+    with Live(first, console=console, auto_refresh=False, screen=True) as live:
+        for each in _frames(client, interval):
+            live.update(each, refresh=True)
+
+
+def _frames(client: Client, interval: float) -> Iterator[Group | Text]:
+    """Yield a picture of how things stand after every interval, for ever; of a service that is away, why."""
     from rich.text import Text
 
-    first = frame(client.get("/v1/status"))  # an address that is wrong is told at once
-    with Live(first, console=console, auto_refresh=False, screen=console.is_terminal) as live:
-        while True:
-            time.sleep(interval)
-            try:
-                live.update(frame(client.get("/v1/status")), refresh=True)
-            except ServiceError as error:
-                live.update(Text(str(error), style="red"), refresh=True)
+    while True:
+        time.sleep(interval)
+        try:
+            yield frame(client.get("/v1/status"))
+        except ServiceError as error:
+            yield Text(str(error), style="red")
 
 
 def frame(status: dict[str, Any]) -> Group:

@@ -166,6 +166,8 @@ def open_files(source: str | Path, revision: str | None = None) -> Files:
     Raises:
         ModelError: neither exists.
     """
+    if source == "":  # as a path, the folder that the process works in
+        raise ModelError("an empty name is neither a folder nor a hub id (owner/name)")
     try:
         path = Path(source).expanduser()
         is_folder, exists = path.is_dir(), path.exists()

@@ -33,7 +33,7 @@ SILENCE_LOADING = 60.0
 """The same while it loads, when a single library or file can keep its process from answering."""
 GIVE_UP = 3
 """Processes that may die while they load, where none has loaded before: such a model would never be ready."""
-LATE = 2.0
+LATE = 5.0
 """Seconds after which a ticket that was given straight is asked for through Ray, too: its state, or its answer, may be lost."""
 _QUIET = 3
 """Signs of life without work after which a draining replica is done: by then every router knows that it is draining."""

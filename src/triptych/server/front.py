@@ -150,7 +150,7 @@ def listen(host: str, port: int) -> socket.socket:
         except OSError:
             bound.close()
             raise
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last: a name that no host can have
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot listen on {host}, port {port}: {reason}") from None
     return bound

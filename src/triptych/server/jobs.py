@@ -22,6 +22,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,7 +35,7 @@ _VERSION = 1
 """Of the table; a folder with another one is left alone."""
 _SIBLINGS = 16
 """Servers of one model that find a default folder of their own."""
-_DATABASE = "jobs.sqlite3"
+_DATABASE, _LOCK = "jobs.sqlite3", "lock"
 _OURS = re.compile(r"\.?(req|video|image)_[0-9a-f]{24,32}(\.json)?(\.partial)?")
 """What lies under `inputs` and `results`: it has a request's id for its name, complete or not."""
 
@@ -109,6 +110,7 @@ class JobStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.results, self._inputs = folder / "results", folder / "inputs"
+        self._new = not os.path.lexists(folder)
         try:
             if not (folder / _DATABASE).exists():
                 self._check_free()
@@ -239,8 +241,12 @@ class JobStore:
             rows = self._database.execute("SELECT * FROM jobs ORDER BY number").fetchall() if self._open else []
         return [_job(row) for row in rows]
 
-    def close(self) -> None:
-        """Leave everything to the next process: jobs that run are queued, and what happens from now on is not noted."""
+    def close(self, *, unused: bool = False) -> None:
+        """Leave everything to the next process: jobs that run are queued, and what happens from now on is not noted.
+
+        Args:
+            unused: nothing has been kept, so the folder goes if this process has made it.
+        """
         try:
             self._write("UPDATE jobs SET status = 'queued' WHERE status = 'running'", to_disk=True)
         except (OSError, sqlite3.Error) as error:  # whatever the disk is like, the server stops as it should
@@ -249,7 +255,18 @@ class JobStore:
             if self._open:
                 self._open = False
                 self._database.close()
+                if unused and self._new:
+                    self._remove()
                 self._owner.close()
+
+    def _remove(self) -> None:
+        """Remove the folder, as far as nothing has come into it; while it is ours, so that no other server takes it."""
+        with suppress(OSError):
+            self.results.rmdir()
+            self._inputs.rmdir()
+            (self.folder / _DATABASE).unlink()
+            (self.folder / _LOCK).unlink()
+            self.folder.rmdir()
 
     @property
     def closed(self) -> bool:
@@ -289,7 +306,7 @@ def default_folder(source: str) -> Path:
     cache, state = os.environ.get("TRIPTYCH_CACHE"), os.environ.get("XDG_STATE_HOME")
     base = Path(cache, "state") if cache else Path(state or Path.home() / ".local" / "state", "triptych")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.rstrip("/").rpartition("/")[2])[:60] or "model"
-    return base / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    return base / f"{name}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
 
 
 def open_default(source: str) -> JobStore | None:
@@ -338,7 +355,7 @@ def write_atomically(path: Path, data: bytes, *, to_disk: bool = True) -> None:
 
 def _lock(folder: Path) -> TextIO:
     """Take the folder for this process; the system gives it back when the process ends, however it ends."""
-    file = open(folder / "lock", "a")  # noqa: SIM115 (held until the store is closed)
+    file = open(folder / _LOCK, "a")  # noqa: SIM115 (held until the store is closed)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

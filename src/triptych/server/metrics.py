@@ -27,9 +27,11 @@ _REASONS = {
     403: "not_allowed",
     408: "too_slow",
     413: "too_large",
+    415: "not_accepted",
     422: "not_accepted",
     429: "overloaded",
     503: "not_ready",
+    507: "no_space",
 }
 
 Snapshot = Callable[[], Mapping[str, Any]]

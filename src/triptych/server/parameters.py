@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from triptych.engine.base import Engine
 from triptych.request import types_of
 from triptych.server.limits import Limits
+from triptych.server.problems import sendable
 from triptych.server.submission import PICTURE, TENSOR
 from triptych.stages.graph import makes
 
@@ -54,7 +55,7 @@ def parameters_of(engine: Engine, limits: Limits) -> FamilyParameters:
             value = family.repository.defaults.get(name, default)
             told.append(Parameter(name=name, kind=kind, default=list(value) if isinstance(value, tuple) else value))
     return FamilyParameters(
-        model=family.repository.name,
+        model=sendable(family.repository.name),
         family=family.repository.family,
         makes=makes(family.recipe) or "images",
         tasks={name: line for name, line in family.tasks.items() if name in engine.front.tasks},

@@ -101,15 +101,15 @@ def problem_of(error: Exception) -> Problem:
     headers = {}
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(math.ceil(_wait(error)))
-    return Problem(status, code, _sendable(message, _LONGEST_MESSAGE), _details(error), headers)
+    return Problem(status, code, sendable(message, _LONGEST_MESSAGE), _details(error), headers)
 
 
 def _details(error: Exception) -> dict[str, Any]:
     if isinstance(error, UnknownParameterError):
-        field = _sendable(error.field, _LONGEST)
+        field = sendable(error.field, _LONGEST)
         return {"field": field, "accepted": error.known, "close_match": error.close_match}
     if isinstance(error, ParameterError):
-        field = _sendable(error.field, _LONGEST)
+        field = sendable(error.field, _LONGEST)
         return {"field": field, "value": _plain(error.value), "accepted": error.accepted}
     if isinstance(error, OverloadedError):
         return {"waiting": error.waiting, "retry_after": _wait(error)}
@@ -136,10 +136,10 @@ def _plain(value: object) -> object:
         return value
     if isinstance(value, int) and value.bit_length() <= _LONGEST_INTEGER:
         return value
-    return _sendable(value if isinstance(value, str) else shown(value), _LONGEST)
+    return sendable(value if isinstance(value, str) else shown(value), _LONGEST)
 
 
-def _sendable(text: str, longest: int) -> str:
-    """Return the beginning of a text that may repeat what was sent, in characters that UTF-8 has."""
-    text = text if len(text) <= longest else f"{text[:longest]}..."
+def sendable(text: str, longest: int | None = None) -> str:
+    """Return the beginning of a text that may repeat what was sent, or a path, in characters that UTF-8 has."""
+    text = text if longest is None or len(text) <= longest else f"{text[:longest]}..."
     return text.encode(errors="backslashreplace").decode()

@@ -77,7 +77,7 @@ def serve(
         finally:
             service.records.spool.close()
             if store is not None:
-                store.close()
+                store.close(unused=service.engine is None)  # then the server could not start
 
 
 def _leave(service: Service, engine: Engine) -> None:

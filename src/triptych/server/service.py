@@ -19,7 +19,7 @@ from triptych.engine.job import Job
 from triptych.request import Request
 from triptych.server.jobs import JobStore, StoredJob
 from triptych.server.limits import Limits
-from triptych.server.problems import Refusal
+from triptych.server.problems import Refusal, sendable
 from triptych.server.records import Record, Records
 from triptych.server.schema import status_of
 from triptych.server.submission import Submission, check_outputs, parse, request_of
@@ -172,7 +172,7 @@ class Service:
         current = [status_of(each, 0).model_dump(include=_CURRENT) for each in self.records.unfinished()[:_SHOWN]]
         kept = {"requests": len(self.records), "result_bytes": self.records.spool.nbytes}
         ready = {"ready": self.why_not_ready() is None, "version": triptych.__version__}
-        snapshot: dict[str, Any] = _finite({**told, **ready, "current": current, "kept": kept})
+        snapshot: dict[str, Any] = _plain({**told, **ready, "current": current, "kept": kept})
         return snapshot
 
     def cancel_all(self) -> int:
@@ -184,10 +184,12 @@ class Service:
         return len(jobs)
 
 
-def _finite(value: Any) -> Any:
-    """Return JSON values without NaN and infinities, which JSON does not have."""
+def _plain(value: Any) -> Any:
+    """Return JSON values without NaN and infinities, which JSON does not have, and with texts that UTF-8 has."""
     if isinstance(value, dict):
-        return {str(name): _finite(each) for name, each in value.items()}
+        return {sendable(str(name)): _plain(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [_plain(each) for each in value]
+    if isinstance(value, str):
+        return sendable(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

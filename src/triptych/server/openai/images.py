@@ -44,15 +44,25 @@ _FIELDS: dict[str, Any] = {
 _OF_FAMILY = "The family's own parameters (`GET /v1/parameters`) go beside these."
 
 
-def _body(kind: str, required: list[str], **more: Any) -> dict[str, Any]:
-    schema = {"type": "object", "required": required, "properties": {**_FIELDS, **more}}
-    return {"requestBody": {"required": True, "description": _OF_FAMILY, "content": {kind: {"schema": schema}}}}
+def _body(required: list[str], kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return what a route says of its body, from the fields that each kind of content adds to the common ones."""
+    content = {
+        kind: {"schema": {"type": "object", "required": required, "properties": {**_FIELDS, **more}}}
+        for kind, more in kinds.items()
+    }
+    return {"requestBody": {"required": True, "description": _OF_FAMILY, "content": content}}
 
 
-_FILE = {"type": "string", "format": "binary"}
-_PICTURES = {"oneOf": [_FILE, {"type": "array", "items": _FILE, "maxItems": 16}]}
-_GENERATION = _body("application/json", ["prompt"])
-_EDIT = _body("multipart/form-data", ["prompt", "image"], image=_PICTURES, mask=_FILE)
+def _pictures(one: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of an edit's pictures, from what one is."""
+    several = {"oneOf": [one, {"type": "array", "items": one, "maxItems": 16}], "description": one["description"]}
+    return {"image": several, "mask": one}
+
+
+_FILE = {"type": "string", "format": "binary", "description": "A file, or a picture as a data URL or in base64."}
+_TEXT = {"type": "string", "description": "A picture as a data URL or in base64."}
+_GENERATION = _body(["prompt"], {"application/json": {}})
+_EDIT = _body(["prompt", "image"], {"multipart/form-data": _pictures(_FILE), "application/json": _pictures(_TEXT)})
 _KINDS = [each.media_type for each in FORMATS["images"]]
 _STREAM: dict[str, Any] = {"text/event-stream": {}}
 

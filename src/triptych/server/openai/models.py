@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from triptych.server.openai.video_order import check_model
+from triptych.server.problems import sendable
 from triptych.server.schema import errors
 from triptych.server.service import Service
 
@@ -37,7 +38,7 @@ def models_router(service: Service) -> APIRouter:
 
     def served(asked: str | None = None) -> ModelObject:
         repository = service.open_engine().front.family.repository
-        return ModelObject(id=check_model(asked, repository.name), created=since, family=repository.family)
+        return ModelObject(id=check_model(asked, sendable(repository.name)), created=since, family=repository.family)
 
     @router.get("", responses=errors(503))
     async def listed() -> ModelList:

@@ -30,6 +30,7 @@ _FIELDS: dict[str, Any] = {
     "size": {"type": "string", "description": "auto, or WIDTHxHEIGHT."},
     "seconds": {"type": "string", "description": "How long; the nearest that the model can make is made."},
     "fps": {"type": "number", "description": "Frames per second, if not the model's own."},
+    "user": {"type": "string", "description": "Taken from clients that send it, and not used."},
 }
 _BODY = {
     "requestBody": {
