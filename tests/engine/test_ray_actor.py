@@ -15,7 +15,7 @@ import torch
 
 import triptych
 import triptych.engine  # before ray: it asks for Ray's authentication
-from triptych.engine import attempt
+from triptych.engine import attempt, couriers
 from triptych.engine.couriers import Couriers
 from triptych.engine.inbox import Answer, Inbox, Order, send
 from triptych.engine.ray_actor import ReplicaActor
@@ -283,6 +283,7 @@ def test_a_state_that_cannot_be_carried_is_not_taken_for_one_that_came_damaged(
 def test_large_states_are_not_written_by_the_thread_that_drives_the_lane(
     actors: dict[str, ReplicaActor], whole: triptych.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(couriers, "MODEST", 2**16)
     writers: dict[str, str] = {}
     written = Couriers._written
 

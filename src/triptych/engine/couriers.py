@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from triptych.engine.attempt import Attempt, Attempts, failure
-from triptych.engine.inbox import LARGEST, PATIENCE, SMALL, Answer, begin_sending, is_taken, send
+from triptych.engine.inbox import LARGEST, MODEST, PATIENCE, Answer, begin_sending, is_taken, send
 from triptych.errors import RemoteError, WireError
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ THREADS = 64
 class Couriers:
     """Read the states that come, hand on those that segments leave, and tell the router.
 
-    The thread that drives a lane writes and sends a small state itself, which is quicker than to wake another one. What
-    would keep it, large states and the router, is left to threads of their own.
+    The thread that drives a lane writes and sends a modest state itself, which is quicker than to wake another one. What
+    would keep it, larger states and the router, is left to threads of their own.
 
     Args:
         attempts: those of this process; one is forgotten when its router knows its end.
@@ -79,7 +79,7 @@ class Couriers:
         """
         if isinstance(outcome, Exception):
             self.fail(attempt, outcome)
-        elif outcome.nbytes <= SMALL and device.type == "cpu":
+        elif outcome.nbytes <= MODEST and device.type == "cpu":
             self._send(attempt, device, outcome, seconds, patience=0)
         else:
             self._threads.submit(self._send, attempt, device, outcome, seconds, patience=2 * PATIENCE)
@@ -162,7 +162,7 @@ class Couriers:
         order = attempt.order
         if order.reply is None:
             return False
-        if isinstance(after, list) or len(after) > SMALL or not {"turns", "seconds", "handed"}.issuperset(outcome):
+        if isinstance(after, list) or len(after) > MODEST or not {"turns", "seconds", "handed"}.issuperset(outcome):
             send(Answer(order.ticket, order.reply), memoryview(b""))
             return False
         return send(Answer(order.ticket, order.reply, **outcome), after.data)

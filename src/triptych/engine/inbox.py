@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 LARGEST = 64 * 2**20
 """Bytes of a state up to which it is sent this way; larger ones lie in Ray's object store, which keeps them anyway."""
+MODEST = 2**20
+"""Bytes of a state up to which whoever has it sends it at once, and the router is told it, too, to keep it: less than what
+it costs to have another thread do that, or Ray."""
 SMALL = 65_536
 """Bytes of a state up to which it is part of its message."""
 _ROOM = 2 * SMALL

@@ -24,7 +24,7 @@ from triptych.components.acceleration import parse_acceleration
 from triptych.components.dtypes import parse_dtype
 from triptych.engine.base import Engine
 from triptych.engine.choice import Policy
-from triptych.engine.inbox import SMALL, Answer, Inbox
+from triptych.engine.inbox import MODEST, Answer, Inbox
 from triptych.engine.job import ENDED
 from triptych.engine.local import PROMPT_CACHE
 from triptych.engine.pools import Pool, parse_pools
@@ -187,7 +187,7 @@ class RayEngine(Engine):
     def hand_in(self, state: State) -> Handover:
         data = np.frombuffer(state.to_bytes(), np.uint8)
         then = state.route[state.position + 1 :]
-        return Handover(state.next_role, data if data.nbytes <= SMALL else ray.put(data), then=then)
+        return Handover(state.next_role, data if data.nbytes <= MODEST else ray.put(data), then=then)
 
     def find_projection(self, timeout: float) -> Projection | None:
         decoders = [each for each in self.replicas if RoleType.DECODER in each.roles and each.state == "ready"]

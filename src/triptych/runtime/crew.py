@@ -39,6 +39,7 @@ class Crew:
     """
 
     def __init__(self, size: int, name: str, prepare: Callable[[], None]) -> None:
+        memory.keep()
         self._lock = threading.Lock()
         self._rested = threading.Condition(self._lock)
         self._taken: set[Driven] = set()  # the lanes that a thread drives, or was offered

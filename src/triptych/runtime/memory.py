@@ -1,9 +1,9 @@
-"""Memory that was freed goes back to the system.
+"""Memory that requests have freed is kept for the next ones, and goes back to the system when there is nothing to do.
 
-glibc's allocator keeps much of what threads have freed for as long as the process lives: a lane's largest call would
-leave its mark for good. Asked to, it gives that back within some milliseconds. What is given back has to be fetched again,
-which costs milliseconds too, so it is asked when there is nothing to do; under load the process stays as large as it was
-at its largest.
+By itself glibc's allocator fetches a large tensor's memory from the system each time, and gives it back when that is
+freed: every page then costs a fault, and threads that compute beside each other wait for one another at that. What is kept
+would stay for as long as the process lives, so it is given back when nothing runs, within some milliseconds; under load the
+process stays as large as it was at its largest.
 """
 
 from __future__ import annotations
@@ -16,8 +16,18 @@ import time
 EVERY = 30.0
 """Seconds from one time to the next."""
 
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of `mallopt`, from glibc's malloc.h
+_MOST = 2**31 - 1
 _giving = threading.Lock()
 _next = 0.0
+
+
+def keep() -> None:
+    """Have this process keep the memory that it frees, until `give_back`."""
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_MAX, 0)
+        library.mallopt(_TRIM_THRESHOLD, _MOST)
 
 
 def give_back() -> bool:
