@@ -24,8 +24,7 @@ import triptych.engine  # before ray: it asks for Ray's authentication
 import ray  # isort: skip
 from ray.exceptions import GetTimeoutError, ObjectLostError
 
-from triptych.engine import ray as engine_ray
-from triptych.engine import ray_pools, ray_replica
+from triptych.engine import ray_hearing, ray_pools, ray_replica
 from triptych.engine.job import Job
 from triptych.engine.pools import parse_pools
 from triptych.engine.ray import RayEngine, RayReplica
@@ -108,9 +107,9 @@ def test_a_result_that_is_damaged_on_its_way_is_made_again_by_its_role_alone(
                 raise WireError("checksum mismatch")
             return State.from_bytes(data)
 
-    monkeypatch.setattr(engine._inbox, "_receive", lambda order, data: None)  # results do not come straight
+    monkeypatch.setattr(engine._hearing.inbox, "_receive", lambda order, data: None)  # results do not come straight
     monkeypatch.setattr(ray_replica, "LATE", 0.5)
-    monkeypatch.setattr(engine_ray, "State", Carried)
+    monkeypatch.setattr(ray_hearing, "State", Carried)
     job = engine.submit(Request(**ASK))
     assert torch.equal(job.result(60).images, whole.generate(**ASK).images)
     started = [event.details["role"] for event in job.events() if event.kind == "started"]
@@ -155,7 +154,7 @@ def test_what_a_dead_process_told_says_nothing_of_the_next(engine: RayEngine, wh
     asked, losses = time.monotonic(), replica.losses
     os.kill(replica.told["pid"], signal.SIGKILL)
     wait_until(lambda: replica.losses > losses, 10)
-    engine._happened.put(("told", replica, late, asked))
+    engine._hearing.later("told", replica, late, asked)
     wait_until(lambda: replica.state == "ready")
     assert replica in engine.router.replicas
     assert torch.equal(engine.generate(**ASK).images, whole.generate(**ASK).images)
@@ -331,10 +330,9 @@ def test_answers_that_are_late_are_asked_for_and_come_once(
 ) -> None:
     wait_until(lambda: all_ready(engine))
     monkeypatch.setattr(ray_replica, "LATE", -1.0)
+    take = engine._hearing._take
     for delay in (0.0, 0.3):
-        monkeypatch.setattr(
-            engine, "_take", lambda *told, delay=delay: (time.sleep(delay), RayEngine._take(engine, *told))
-        )
+        monkeypatch.setattr(engine._hearing, "_take", lambda *told, delay=delay: (time.sleep(delay), take(*told)))
         jobs = [engine.submit(Request(**{**ASK, "seed": seed})) for seed in range(6)]
         for seed, job in enumerate(jobs):
             for _ in range(4):

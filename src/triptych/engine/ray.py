@@ -4,44 +4,38 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import Future
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 import torch
-from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayError
+from ray.exceptions import RayError
 
 import triptych
 from triptych.components.acceleration import parse_acceleration
 from triptych.components.dtypes import parse_dtype
 from triptych.engine.base import Engine
 from triptych.engine.choice import Policy
-from triptych.engine.inbox import MODEST, Answer, Inbox
-from triptych.engine.job import ENDED
+from triptych.engine.inbox import MODEST
 from triptych.engine.local import PROMPT_CACHE
 from triptych.engine.pools import Pool, parse_pools
 from triptych.engine.ranks import check_place, check_room, ranks_of
 from triptych.engine.ray_cluster import connect
+from triptych.engine.ray_hearing import Hearing
 from triptych.engine.ray_pools import PoolKeeper
 from triptych.engine.ray_replica import RayReplica
-from triptych.engine.replica import Handover, Ticket
+from triptych.engine.replica import Handover
 from triptych.engine.router import Router
 from triptych.errors import (
     ModelError,
-    RemoteError,
-    ReplicaLost,
     ReplicaRefusedError,
     UsageError,
-    WireError,
-    from_text,
 )
 from triptych.pipelines.registry import find_family
 from triptych.roles import WORKERS, RoleType, parse_roles
@@ -58,8 +52,6 @@ log = logging.getLogger(__name__)
 TRANSPORTS = ("host", "nixl")
 PULSE = 0.5
 """Seconds between two looks at every replica."""
-FETCHERS = 8
-"""Results that may be fetched at a time, of those that do not come straight."""
 
 
 class RayEngine(Engine):
@@ -160,29 +152,23 @@ class RayEngine(Engine):
         arguments: dict[str, Any],
     ) -> None:
         """Take part in the service: start the replicas that it lacks, and hear what becomes of them."""
-        self._happened: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self._inbox = Inbox(Answer, self._receive)
-        undo.callback(self._inbox.close)
-        self._keeper = PoolKeeper(
-            self.router, identity, self._inbox.address, lambda *happened: self._happened.put(happened)
-        )
+        self._hearing = Hearing(self.router)
+        undo.callback(self._hearing.inbox.close)
+        self._keeper = PoolKeeper(self.router, identity, self._hearing.inbox.address, self._hearing.later)
         undo.callback(self._keeper.leave)
         self._keeper.declare(pools, gpus, **arguments)
         self._keeper.pulse()
-        self._fetchers = ThreadPoolExecutor(FETCHERS, "fetcher")
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._handle, self._pulse)]
+        self._pulses = threading.Thread(target=self._pulse, name="pulses", daemon=True)
         undo.callback(self._stop)
-        for thread in self._threads:
-            thread.start()
+        self._hearing.start()
+        self._pulses.start()
 
     def _stop(self) -> None:
         """End this engine's threads."""
         self._closed.set()
-        self._fetchers.shutdown(wait=False, cancel_futures=True)
-        self._happened.put(())
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join()
+        self._hearing.stop()
+        if self._pulses.is_alive():
+            self._pulses.join()
 
     def hand_in(self, state: State) -> Handover:
         data = np.frombuffer(state.to_bytes(), np.uint8)
@@ -248,96 +234,6 @@ class RayEngine(Engine):
         if failed is not None:
             raise ModelError(f"replica {failed.name} could not start: {failed.failure}")
 
-    def _receive(self, answer: Answer, data: memoryview) -> Callable[[], None]:
-        """Take what a replica tells straight. Of a ticket that was given up it is nothing, and yet taken: it is told."""
-        ticket = self.router.find(answer.ticket)
-        if ticket is None:
-            return lambda: None
-        if answer.turns is None:
-            return partial(self._ask_for, ticket)
-        ticket.answered = True  # before the replica knows that, and forgets the ticket
-        return partial(self._take, ticket, answer, data)
-
-    def _ask_for(self, ticket: Ticket) -> None:
-        if isinstance(ticket.replica, RayReplica):
-            ticket.replica.ask_for(ticket)
-
-    def _take(self, ticket: Ticket, answer: Answer, data: memoryview) -> None:
-        """End a ticket with what its replica has told straight."""
-        if isinstance(ticket.replica, RayReplica):
-            ticket.replica.busy = time.monotonic()
-        # A copy: memory that was passed on would hold a descriptor as long as the result lives.
-        self._end(ticket, lambda: _handover(answer.turns or (), answer.seconds, np.array(data), handed=answer.handed))
-
-    def _end(self, ticket: Ticket, read: Callable[[], Handover]) -> None:
-        """End a ticket with what its replica has left."""
-        outcome: Handover | Exception
-        try:
-            outcome = read()
-        except Exception as error:  # noqa: BLE001 (whatever it is, its role makes it once more)
-            outcome = ReplicaLost(f"what it left was lost: {error}")
-        ticket.done(ticket, outcome)
-
-    # What happened, one after another in a thread of its own.
-
-    def _handle(self) -> None:
-        while not self._closed.is_set():
-            happened = self._happened.get()
-            if not happened:
-                return
-            what, replica, future, *details = happened
-            try:
-                if what == "finished":
-                    self._finished(replica, future, *details)
-                elif what == "handed":
-                    self._handed(replica, future, *details)
-                else:
-                    replica.hear(self.router, future, *details)
-            except Exception:  # one replica's answer must not end the thread that hears them all
-                log.exception("%s: what it told could not be handled", replica.name)
-
-    def _finished(self, replica: RayReplica, future: Future[Any], ticket: Ticket, data: Any) -> None:
-        replica.busy = time.monotonic()
-        # Not `result()`: an error raised here would hold this frame, and so the ticket, until it is garbage-collected.
-        error = future.exception()
-        if ticket.answered or ticket not in replica.tickets:
-            return  # told straight, or taken back
-        if error is not None:
-            self._failed(replica, ticket, error)
-            return
-        told = future.result()
-        for preview in told.get("previews", ()):  # those that no heartbeat has told of
-            ticket.show(*preview)
-        if told.get("turns") == () and ticket.job.status not in ENDED:
-            # It may take long, and others are to be heard.
-            self._fetchers.submit(self._end, ticket, lambda: _handover((), told["seconds"], np.array(ray.get(data))))
-        else:
-            ticket.done(ticket, self._outcome(told, data))
-
-    def _handed(self, replica: RayReplica, future: Future[Any], ticket: Ticket) -> None:
-        """End a ticket whose state could not be brought: its replica would wait for it for ever."""
-        error = future.exception()
-        if error is not None and ticket in replica.tickets:
-            replica.cancel(ticket)
-            self._failed(replica, ticket, error)
-
-    def _failed(self, replica: RayReplica, ticket: Ticket, error: BaseException) -> None:
-        """Take note of Ray's error in place of an answer."""
-        if isinstance(error, RayActorError):
-            replica.lose(self.router, f"{replica.name} died ({type(error).__name__})")
-        elif isinstance(error, (ObjectLostError, OwnerDiedError)):
-            ticket.done(ticket, WireError(f"the hand-over was lost: {error}"))
-        else:
-            ticket.done(ticket, RemoteError(str(error)))
-
-    def _outcome(self, told: dict[str, Any], data: Any) -> Handover | Exception:
-        """Return what a replica's answer means."""
-        if "error" in told:
-            return from_text(*told["error"])
-        if not told["turns"]:  # nobody wants it any more
-            return Handover(None, None, told["seconds"])
-        return _handover(told["turns"], told["seconds"], data, handed=told["handed"])
-
     def _pulse(self) -> None:
         while not self._closed.wait(PULSE):
             try:
@@ -348,21 +244,6 @@ class RayEngine(Engine):
                 log.warning("this router has no part in the cluster's service: %s", error)
             except Exception:  # without this thread nobody would hear whether replicas live
                 log.exception("the pools could not be looked after")
-
-
-def _handover(turns: Iterable[str], seconds: float, data: Any, *, handed: bool = False) -> Handover:
-    """Return a request after a segment.
-
-    Args:
-        data: its state in the wire form, or a reference to it; the bytes themselves where it is the result.
-
-    Raises:
-        WireError: the result is damaged.
-    """
-    left = tuple(RoleType(role) for role in turns)
-    if not left:
-        return Handover(None, State.from_bytes(data.data), seconds)
-    return Handover(left[0], data, seconds, then=left[1:], handed=handed)
 
 
 def _check_pools(pools: list[Pool], roles: set[RoleType]) -> None:
