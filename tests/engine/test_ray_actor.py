@@ -109,7 +109,7 @@ def test_a_state_that_comes_both_ways_is_computed_once(
 
 
 class Router:
-    """Hears what replicas tell straight, if it does not hang."""
+    """Hears what replicas tell straight."""
 
     def __init__(self) -> None:
         self.heard: queue.SimpleQueue[tuple[Answer, bytes]] = queue.SimpleQueue()

@@ -125,12 +125,16 @@ class Engine(ABC):
         if now > self._projection_stale:
             self._projection_stale = now + _FRESH
             first, self._projection_sought = not self._projection_sought, True
-            until = now + (min(_PATIENCE, timeout or math.inf) if first else 0.0)
+            until = now + (min(_PATIENCE, math.inf if timeout is None else timeout) if first else 0.0)
+
+            def left() -> float:
+                return max(0.0, until - time.monotonic())
+
             try:
-                found = self.find_projection(until - now)
+                found = self.find_projection(left())
                 if found is None and first:  # perhaps nothing has been decoded yet
-                    self.warm_up(max(0.0, until - time.monotonic()))
-                    found = self.find_projection(max(0.0, until - time.monotonic()))
+                    self.warm_up(left())
+                    found = self.find_projection(left())
                 self._projection = found or self._projection
             except Exception as error:  # noqa: BLE001 (a request must not fail for want of previews)
                 log.warning("looking for what previews are made with: %s", error)

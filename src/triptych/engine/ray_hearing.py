@@ -66,19 +66,15 @@ class Hearing:
         ticket = self._router.find(answer.ticket)
         if ticket is None:
             return lambda: None
+        assert isinstance(ticket.replica, RayReplica)
+        ticket.replica.busy = time.monotonic()
         if answer.turns is None:
-            return partial(self._ask_for, ticket)
+            return partial(ticket.replica.ask_for, ticket)
         ticket.answered = True  # before the replica knows that, and forgets the ticket
         return partial(self._take, ticket, answer, data)
 
-    def _ask_for(self, ticket: Ticket) -> None:
-        if isinstance(ticket.replica, RayReplica):
-            ticket.replica.ask_for(ticket)
-
     def _take(self, ticket: Ticket, answer: Answer, data: memoryview) -> None:
         """End a ticket with what its replica has told straight."""
-        if isinstance(ticket.replica, RayReplica):
-            ticket.replica.busy = time.monotonic()
         # A copy: memory that was passed on would hold a descriptor as long as the result lives.
         self._end(ticket, lambda: _handover(answer.turns or (), answer.seconds, np.array(data), handed=answer.handed))
 

@@ -93,8 +93,8 @@ class RayReplica(Replica):
         return sent is not None
 
     def ask_for(self, ticket: Ticket, payload: Any = None) -> None:
-        """Ask through Ray what becomes of a ticket, and bring its state if it should not have that yet."""
-        with self._asking:  # once: who asks again is told that there is no such ticket
+        """Ask through Ray, once, what becomes of a ticket, and bring its state if it should not have that yet."""
+        with self._asking:  # who asks again is told that there is no such ticket
             if ticket.asked:
                 return
             ticket.asked = True
@@ -121,14 +121,14 @@ class RayReplica(Replica):
 
     def cancel(self, ticket: Ticket) -> None:
         self.actor.cancel.remote(ticket.name)
-        if ticket in self.tickets and not ticket.asked:  # one that has not begun there tells nothing of itself
+        if ticket in self.tickets:  # one that has not begun there tells nothing of itself
             self.ask_for(ticket)
 
     def ask(self) -> None:
         """Ask for a sign of life, say which tickets are still wanted, and ask for those that may be lost."""
         self.asked = asked = time.monotonic()
         for ticket in list(self.tickets):
-            if not ticket.asked and ticket.after is None and asked - ticket.since > LATE:
+            if ticket.after is None and asked - ticket.since > LATE:
                 self.ask_for(ticket, ticket.handover.payload)
 
         def take_note(_: Future[Any]) -> None:

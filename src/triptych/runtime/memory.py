@@ -9,6 +9,7 @@ process stays as large as it was at its largest.
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import threading
 import time
@@ -24,10 +25,9 @@ _next = 0.0
 
 def keep() -> None:
     """Have this process keep the memory that it frees, until `give_back`."""
-    if platform.libc_ver()[0] == "glibc":
-        library = ctypes.CDLL(None)
-        library.mallopt(_MMAP_MAX, 0)
-        library.mallopt(_TRIM_THRESHOLD, _MOST)
+    if (glibc := _glibc()) is not None:
+        glibc.mallopt(_MMAP_MAX, 0)
+        glibc.mallopt(_TRIM_THRESHOLD, _MOST)
 
 
 def give_back() -> bool:
@@ -36,9 +36,15 @@ def give_back() -> bool:
     if time.monotonic() < _next or not _giving.acquire(blocking=False):
         return False
     try:
-        if platform.libc_ver()[0] == "glibc":
-            ctypes.CDLL(None).malloc_trim(0)
+        if (glibc := _glibc()) is not None:
+            glibc.malloc_trim(0)
         _next = time.monotonic() + EVERY
     finally:
         _giving.release()
     return True
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    """Return the C library of this process; None where it is another one, which is not asked."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
