@@ -585,6 +585,20 @@ def test_a_retry_shows_no_preview_again() -> None:
     assert shown == [10, 20]
 
 
+def test_the_previews_of_a_second_loop_are_shown_from_its_first_on() -> None:
+    denoiser = Passing("denoiser", D)
+    made, job = router(denoiser), Job()
+    shown: list[int] = []
+    job.listen(lambda event: shown.append(event.details["step"]) if event.kind == "preview" else None)
+    made.submit(job, Handover(D, 0), {"num_inference_steps": 1, "height": 8, "width": 8, "prompt": "fox"})
+    for step, left in ((8, D), (1, None)):
+        (ticket,) = denoiser.tickets
+        ticket.show(step, 8, b"png")
+        if left is not None:
+            ticket.done(ticket, Handover(left, 1, 1.0))
+    assert shown == [8, 1]
+
+
 def test_a_replica_with_other_work_is_not_given_segments_ahead() -> None:
     made, encoder, denoiser, decoder = passing()
     submit_ahead(made)
