@@ -8,11 +8,12 @@
     python bench/split.py $K --name decode-bound --param height=512 --param width=512 --param max_sequence_length=32
 
 Serial: p50 of one request after another, run whole, by `LocalEngine` and by three processes over Ray, in turn and each
-time another one first, so that all see the same machine. Limits: whole + 1 ms, and whole + 12 ms. The p50 of the
-differences within a turn is given beside, with the bounds that hold with 95 % confidence: on a machine that others use
-too, a millisecond can be less than what the machine does to either side. Whole and `LocalEngine` run the very same
-weights: where in memory a copy comes to lie makes some percent of the difference between two. Over Ray it is another
-copy; so what a request takes beyond its stages' own seconds is given too.
+time another one first, so that all see the same machine. Limits: whole + 1 ms, and whole + 12 ms. Where in memory a
+process comes to lie makes some percent of its speed, for as long as it lives; so all is started anew `--launches` times,
+and the median of the launches' p50s counts. The bounds beside it, within which it lies with 95 % confidence, are of the
+differences within a turn, all of them. Whole and `LocalEngine` run the very same weights, and the whole has the memory
+that the engine keeps: by itself it would fetch it from the system for every picture. What a request takes beyond its
+stages' own seconds is given too.
 
 Pipelining: 16 clients that each ask again as soon as they have their picture, requests kept apart. Against the bound
 min(1 / busiest role's seconds, cores / sum of all roles' seconds), of seconds measured one request at a time just before
@@ -29,12 +30,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -45,13 +49,15 @@ import triptych
 from triptych import embedded
 from triptych.bench.load import closed_loop
 from triptych.engine.base import Engine
-from triptych.engine.local import LocalEngine
+from triptych.engine.local import LanesReplica, LocalEngine
 from triptych.engine.ray import RayEngine
 from triptych.request import Request
 from triptych.roles import WORKERS, RoleType
 
 RESULTS = Path(__file__).parent / "results" / "split.json"
 CLIENTS = 16
+SPLIT = "local", "ray"
+WAYS = "whole", *SPLIT
 
 
 def main() -> int:
@@ -59,7 +65,8 @@ def main() -> int:
     parser.add_argument("--model", default=str(embedded.path()))
     parser.add_argument("--name", default="embedded", help="under which the figures are kept")
     parser.add_argument("--param", action="append", default=[], help="name=json, of every request")
-    parser.add_argument("--repeats", type=int, default=30, help="requests of the serial part, each way")
+    parser.add_argument("--repeats", type=int, default=30, help="requests of the serial part, each way and launch")
+    parser.add_argument("--launches", type=int, default=5, help="of the engines, in the serial part")
     parser.add_argument("--requests", type=int, default=64, help="requests of the pipelined part")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the pipelined part")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -68,8 +75,6 @@ def main() -> int:
     parameters = {"prompt": "a red heart", "seed": 0, "exact": True, "output_type": "pt"}
     parameters |= {name: json.loads(value) for name, _, value in (each.partition("=") for each in asked.param)}
     cores = len(os.sched_getaffinity(0))
-    threads = dict.fromkeys(WORKERS, 1)
-    roles = {role: triptych.load(asked.model, role=role, device="cpu", dtype="float32") for role in WORKERS}
 
     def measure_pipelined(**engines: Engine) -> dict[str, list[dict[str, Any]]]:
         """Return what each engine reached in each round, and what it was to reach."""
@@ -93,34 +98,50 @@ def main() -> int:
                 before = after
         return rounds
 
-    with (
-        LocalEngine(asked.model, dtype="float32", encoder="cpu", denoiser="cpu", decoder="cpu", threads=threads,
-                    batching=False, prompt_cache=0) as local,
-        RayEngine(asked.model, dtype="float32", threads=1, batching=False, prompt_cache=0) as ray,
-    ):  # fmt: skip
-        (replica,) = local.router.replicas
-        serial, beyond, over, bounds = measure_serial(replica.model, local, ray, parameters, asked.repeats)  # type: ignore[attr-defined]
+    # Each in a process of its own, and before this one loads anything.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
+        launches = [
+            processes.submit(measure_serial, asked.model, parameters, asked.repeats).result()
+            for _ in range(asked.launches)
+        ]
+    roles = {role: triptych.load(asked.model, role=role, device="cpu", dtype="float32") for role in WORKERS}
+    with both_engines(asked.model) as (local, ray):
         pipelined = measure_pipelined(local=local, ray=ray)
     with RayEngine(asked.model, pools=f"monolithic={cores}", dtype="float32", threads=1, batching=False,
                    prompt_cache=0) as wholes:  # fmt: skip
         pipelined |= measure_pipelined(wholes=wholes)
-    shares = {
-        name: statistics.median(each["share of the bound"] for each in rounds) for name, rounds in pipelined.items()
+    shares = {name: median(each["share of the bound"] for each in rounds) for name, rounds in pipelined.items()}
+    serial, beyond = (
+        {name: median(median(launch[kind][name]) for launch in launches) * 1e3 for name in WAYS}
+        for kind in ("seconds", "beyond")
+    )
+    over = {
+        name: [(median(launch["seconds"][name]) - median(launch["seconds"]["whole"])) * 1e3 for launch in launches]
+        for name in SPLIT
+    }
+    turns = {
+        name: [
+            (split - whole) * 1e3
+            for launch in launches
+            for split, whole in zip(launch["seconds"][name], launch["seconds"]["whole"])
+        ]
+        for name in SPLIT
     }
     figures = {
         "command": " ".join(["python bench/split.py", *sys.argv[1:]]),
         "cores": cores,
-        "serial p50, ms": {name: value * 1e3 for name, value in serial.items()},
-        "beyond the stages' own seconds, ms": {name: value * 1e3 for name, value in beyond.items()},
-        "over the whole, ms": {name: (serial[name] - serial["whole"]) * 1e3 for name in ("local", "ray")},
-        "p50 of the differences within a turn, ms": {name: value * 1e3 for name, value in over.items()},
-        "its bounds, ms": {name: [value * 1e3 for value in each] for name, each in bounds.items()},
+        "serial p50, ms": serial,
+        "beyond the stages' own seconds, ms": beyond,
+        "over the whole, ms": {name: median(each) for name, each in over.items()},
+        "the same by launch, ms": over,
+        "p50 of the differences within a turn, ms": {name: median(each) for name, each in turns.items()},
+        "its bounds, ms": {name: bounds_of_median(each) for name, each in turns.items()},
         "pipelined, by round": pipelined,
         "share of the bound": shares,
         "over one at a time": {
-            name: statistics.median(each["over one at a time"] for each in rounds) for name, rounds in pipelined.items()
+            name: median(each["over one at a time"] for each in rounds) for name, rounds in pipelined.items()
         },
-        "over as many wholes": {name: shares[name] / shares["wholes"] for name in ("local", "ray")},
+        "over as many wholes": {name: shares[name] / shares["wholes"] for name in SPLIT},
     }
     figures["checks"] = {
         "local serial <= whole + 1 ms": figures["over the whole, ms"]["local"] <= 1,
@@ -134,30 +155,43 @@ def main() -> int:
     return 0 if all(figures["checks"].values()) else 1
 
 
-def measure_serial(
-    whole: triptych.Model, local: Engine, ray: Engine, parameters: dict[str, Any], repeats: int
-) -> tuple[dict[str, float], dict[str, float], dict[str, float], dict[str, list[float]]]:
-    """Return the median seconds of one request, each way; of what no stage took; of the differences from the whole.
+@contextmanager
+def both_engines(model: str) -> Iterator[tuple[LocalEngine, RayEngine]]:
+    """Open the two that are compared, one thread in each of their lanes and processes."""
+    with (
+        LocalEngine(model, dtype="float32", encoder="cpu", denoiser="cpu", decoder="cpu",
+                    threads=dict.fromkeys(WORKERS, 1), batching=False, prompt_cache=0) as local,
+        RayEngine(model, dtype="float32", threads=1, batching=False, prompt_cache=0) as ray,
+    ):  # fmt: skip
+        yield local, ray
 
-    And the bounds of the last. The ways take turns.
-    """
-    ways: dict[str, Callable[..., Any]] = {"whole": whole.generate, "local": local.generate, "ray": ray.generate}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    beyond: dict[str, list[float]] = {name: [] for name in ways}
+
+def measure_serial(model: str, parameters: dict[str, Any], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds of each request by the way it went, and what of them no stage took. The ways take turns."""
+    torch.set_num_threads(1)
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    beyond: dict[str, list[float]] = {name: [] for name in WAYS}
     pictures = {}
-    for k in range(repeats + 1):
-        for name in (*list(ways)[k % 3 :], *list(ways)[: k % 3]):
-            began = time.perf_counter()
-            result = ways[name](**parameters)
-            pictures[name] = result.images
-            if k:  # the first warms up
-                seconds[name].append(time.perf_counter() - began)
-                beyond[name].append(seconds[name][-1] - sum(result.timings.values()))
-    for name in ("local", "ray"):
+    with both_engines(model) as (local, ray):
+        (replica,) = local.router.replicas
+        assert isinstance(replica, LanesReplica)
+        ways: dict[str, Callable[..., Any]] = {
+            "whole": replica.model.generate,
+            "local": local.generate,
+            "ray": ray.generate,
+        }
+        for k in range(repeats + 1):
+            for name in (*WAYS[k % 3 :], *WAYS[: k % 3]):
+                began = time.perf_counter()
+                result = ways[name](**parameters)
+                took = time.perf_counter() - began
+                pictures[name] = result.images
+                if k:  # the first warms up
+                    seconds[name].append(took)
+                    beyond[name].append(took - sum(result.timings.values()))
+    for name in SPLIT:
         assert torch.equal(pictures[name], pictures["whole"]), f"{name} made another picture"
-    over = {name: [split - whole for split, whole in zip(seconds[name], seconds["whole"])] for name in ("local", "ray")}
-    medians = [{name: statistics.median(each) for name, each in kind.items()} for kind in (seconds, beyond, over)]
-    return medians[0], medians[1], medians[2], {name: bounds_of_median(each) for name, each in over.items()}
+    return {"seconds": seconds, "beyond": beyond}
 
 
 def bounds_of_median(values: list[float]) -> list[float]:
@@ -181,7 +215,7 @@ def role_seconds(
             work = loaded.run(work)
             if k:  # the first warms up
                 seconds[role.value].append(time.perf_counter() - began)
-    return {role: statistics.median(each) for role, each in seconds.items()}
+    return {role: median(each) for role, each in seconds.items()}
 
 
 def throughput(engine: Engine, parameters: dict[str, Any], requests: int) -> float:
