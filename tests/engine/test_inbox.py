@@ -1,6 +1,7 @@
 """States that go straight from one process to another."""
 
 import errno
+import json
 import os
 import queue
 import resource
@@ -243,3 +244,10 @@ def test_another_user_is_not_heard(receiver: Receiver) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert ended.stdout.strip() in ("b''", "BrokenPipeError", "ConnectionResetError"), ended.stderr
     assert receiver.taken.empty()
+
+
+def test_the_longest_order_and_the_longest_state_beside_it_arrive_whole(receiver: Receiver) -> None:
+    rest = len(json.dumps(receiver.order(""), default=vars, separators=(",", ":")))
+    order, data = receiver.order("x" * (SMALL - rest)), os.urandom(SMALL)
+    assert send(order, memoryview(data))
+    assert receiver.taken.get(timeout=5)[:2] == (order, data)

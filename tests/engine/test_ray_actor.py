@@ -164,11 +164,11 @@ def test_what_its_router_does_not_hear_is_kept_until_that_is_gone(
     for ticket in ("asked for", "left"):
         assert send(replace(order(encoder, ticket), reply="\0nobody"), request_bytes.data)
         encoder._attempts.open(ticket).ended.result(10)
-    encoder.beat(["asked for"])
+    encoder.beat({"asked for": 0})
     assert len(encoder._attempts.all()) == 2
     monkeypatch.setattr(attempt, "FORGOTTEN", 0.1)
     time.sleep(0.2)
-    encoder.beat(["asked for"])
+    encoder.beat({"asked for": 0})
     assert [ticket for ticket, _ in encoder._attempts.all()] == ["asked for"]
     assert encoder.run(Order("asked for"), None)[0]["turns"]
 
@@ -211,7 +211,7 @@ def test_a_ticket_whose_state_does_not_come_ends_when_its_router_has_been_silent
     try:
         deadline = time.monotonic() + 2.5
         while time.monotonic() < deadline:
-            encoder.beat(["wanted", "unheard of"])
+            encoder.beat({"wanted": 0, "unheard of": 0})
             time.sleep(0.05)
         assert answers.keys() == {"forgotten"}
         assert answers["forgotten"]["error"][0] == "WireError", "it is tried again where the router is alive after all"
@@ -300,3 +300,16 @@ def test_large_states_are_not_written_by_the_thread_that_drives_the_lane(
         outcome, _ = decoder.run(order(decoder, kind), np.frombuffer(bytes(state.to_bytes()), np.uint8))
         assert outcome["turns"] == ()
     assert "courier" in writers["pil"] and "courier" not in writers["pt"]
+
+
+def test_a_sign_of_life_tells_the_previews_that_its_router_wants_and_has_not_had(
+    actors: dict[str, ReplicaActor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = actors["encoder"]
+    monkeypatch.setitem(vars(encoder), "_process", {})  # Ray tells of it, and is not here
+    for ticket in ("mine", "another's"):
+        encoder._attempts.open(ticket).previews += [(1, 3, b"one"), (2, 3, b"two")]
+    assert encoder.beat({"mine": 0})["previews"] == {"mine": [(1, 3, b"one"), (2, 3, b"two")]}
+    assert encoder.beat({"mine": 1})["previews"] == {"mine": [(2, 3, b"two")]}
+    for ticket in ("mine", "another's"):
+        encoder._attempts.close(ticket)

@@ -3,9 +3,12 @@
 import math
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,19 +20,21 @@ import triptych
 import triptych.engine  # before ray: it asks for Ray's authentication
 
 import ray  # isort: skip
-from ray.exceptions import RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 
-from triptych.engine import ray_join, ray_pools
-from triptych.engine.inbox import Order
+from triptych.engine import ray_join, ray_pools, ray_register
+from triptych.engine.inbox import Answer, Order
 from triptych.engine.job import Job
 from triptych.engine.pools import parse_pools
+from triptych.engine.ray import RayEngine
 from triptych.engine.ray_cluster import RUNS, connect, start_replica
+from triptych.engine.ray_hearing import Hearing
 from triptych.engine.ray_pools import SCALE_AFTER, PoolKeeper
 from triptych.engine.ray_register import NAMESPACE, REGISTER, SILENT, Register
 from triptych.engine.ray_replica import RayReplica
 from triptych.engine.replica import Handover, Ticket
 from triptych.engine.router import Router
-from triptych.errors import ReplicaRefusedError
+from triptych.errors import ModelError, ReplicaRefusedError
 from triptych.roles import RoleType
 
 IDENTITY = {"fingerprint": "one"}
@@ -88,6 +93,7 @@ def replica(name: str = "one") -> RayReplica:
 
 def register_of(target: int, *members: str) -> Register:
     register = Register(orphaned=math.inf)
+    register.enter("a router", IDENTITY)
     register.declare({"denoiser": {"least": 1, "most": 4, "target": target, "arguments": {}}})
     for name in members:
         register.add(name, "denoiser")
@@ -116,6 +122,7 @@ def test_a_pool_that_shrinks_by_a_replica_may_grow_again_if_it_might_before(
     before: tuple[int, ...], after: tuple[int, ...]
 ) -> None:
     register, bounds = Register(orphaned=math.inf), ("least", "most", "target")
+    register.enter("a router", IDENTITY)
     register.declare({"denoiser": {**dict(zip(bounds, before)), "arguments": {}}})
     register.add("a", "denoiser")
     register.drain("a", shrink=True)
@@ -398,7 +405,7 @@ def test_a_replica_is_not_silent_because_nobody_has_time_to_hear_it(enter: Calla
 def test_a_replica_that_joined_outlasts_a_register_that_has_forgotten_it(
     cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_join, "FORGOTTEN", 2.0)
+    monkeypatch.setattr(ray_join, "FORGOTTEN", 20)
     monkeypatch.setattr(ray_join, "LOOK", 0.1)
     register = ray.remote(num_cpus=0)(Register).remote()
     stays = threading.Thread(target=ray_join._stay, args=(register, None, "mine"), daemon=True)
@@ -573,3 +580,176 @@ def test_how_long_a_replica_is_silent_can_be_read_while_its_answer_comes() -> No
 
     mine = Answered("one", "denoiser", None, None, lambda *_: None)
     assert mine.silent > 0
+
+
+@contextmanager
+def silent(register: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The register's process is stopped meanwhile."""
+    for name in ("_PATIENCE", "_BRIEF"):
+        monkeypatch.setattr(ray_pools, name, 1.0)
+    pid = ray.get(register.__ray_call__.remote(lambda _: os.getpid()))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_replicas_are_looked_after_while_the_register_is_silent(
+    enter: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = enter()
+    keeper.serve("denoiser=2")
+    keeper.pulse()
+    broken, other = keeper.replicas.values()
+    monkeypatch.setattr(broken, "ask", lambda: 1 / 0)
+    broken.asked = other.asked = None
+    with silent(keeper._register, monkeypatch), pytest.raises(GetTimeoutError):
+        keeper.pulse()
+    assert other.asked is not None
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_router_that_leaves_while_the_register_is_silent_ends_the_replicas_if_it_is_the_only_one(
+    enter: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    keeper = enter()
+    if not alone:
+        enter().pulse()
+    keeper.serve("denoiser=1")
+    keeper.pulse()
+    (mine,) = keeper.replicas.values()
+    with silent(keeper._register, monkeypatch):
+        keeper.leave()
+    assert mine.state == ("closed" if alone else "starting")
+
+
+def test_pools_do_not_outlive_their_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_register, "SILENT", 0.1)
+    register = register_of(0)
+    assert told(register)["pools"].keys() == {"denoiser"}
+    time.sleep(0.2)
+    register.enter("another", {"fingerprint": "two"})
+    known = register.pulse("another", {})
+    assert known is not None and known["pools"] == {}
+
+
+def test_a_register_that_was_stopped_does_not_take_its_routers_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    late = 0.0
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late, sleep=lambda seconds: time.sleep(seconds / 10))
+    monkeypatch.setattr(ray_register, "time", clock)
+    monkeypatch.setattr(ray_register, "end", ended.append)
+    register = Register(orphaned=10)
+    register.enter("a router", IDENTITY)
+    register.add("one", "denoiser")
+    late = 100.0
+    time.sleep(0.5)
+    assert ended == []
+    deadline = time.monotonic() + 5
+    while not ended:
+        assert time.monotonic() < deadline, "and nobody is left, after all"
+        time.sleep(0.05)
+
+
+def test_a_replica_that_joined_stays_when_one_look_took_long(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Register):
+        """Starts anew at the first look, and learns its members only after that."""
+
+        def members(self) -> dict[str, dict[str, Any]]:
+            known = super().members()
+            if not known:
+                time.sleep(2)
+                self.add("mine", "denoiser", joined=True)
+                return {}
+            self.drain("mine")
+            return known
+
+    monkeypatch.setattr(ray_join, "FORGOTTEN", 10)
+    monkeypatch.setattr(ray_join, "LOOK", 0.1)
+    slow = ray.remote(num_cpus=0)(Slow).remote()
+    assert ray_join._stay(slow, None, "mine"), "until it is drained"
+    ray.kill(slow)
+
+
+def test_a_replica_whose_service_ended_while_it_loaded_is_refused(
+    enter: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = enter()
+    keeper.pulse()
+
+    def load(_: Any) -> dict[str, Any]:
+        keeper.leave()
+        enter(fingerprint="two").pulse()
+        return {}
+
+    monkeypatch.setattr(ray_join, "connect", lambda _: None)
+    monkeypatch.setattr(ray_join, "_wait_until_loaded", load)
+    with pytest.raises(ReplicaRefusedError, match="another one now"):
+        ray_join.join("/nowhere", "denoiser", "here")
+
+
+class Process:
+    """Stands in for Ray's handle of a replica: what it was asked, and what it fails at."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, tuple[Any, ...]]] = []
+        self.fails = False
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*given: Any) -> Any:
+            if self.fails and name == "run":
+                raise OSError("no room")
+            self.asked.append((name, given))
+            answer: Any = SimpleNamespace(future=Future)
+            return (answer, answer) if name == "run" else answer
+
+        method = SimpleNamespace(remote=remote)
+        return SimpleNamespace(remote=remote, options=lambda **_: method)
+
+
+def given(mine: RayReplica) -> Ticket:
+    """A ticket that the replica was given long ago."""
+    ticket = Ticket(
+        Job(), RoleType.DENOISER, Handover(RoleType.DENOISER, b"state"), 1.0, 1.0, False, lambda *_: None, mine
+    )
+    mine.tickets.append(ticket)
+    return ticket
+
+
+def test_a_ticket_that_cannot_be_asked_for_is_no_fault_of_its_replica(cluster: None) -> None:
+    process = Process()
+    mine = RayReplica("one", "denoiser", process, None, lambda *_: None)
+    ticket = given(mine)
+    process.fails = True
+    with pytest.raises(OSError, match="no room"):
+        mine.ask()
+    assert [what for what, _ in process.asked] == ["beat"]
+    process.fails = False
+    mine.ask()
+    assert [what for what, _ in process.asked] == ["beat", "beat", "run"], "and it is asked for again"
+    assert ticket.asked
+
+
+def test_an_answer_that_is_to_be_fetched_is_asked_for_with_the_state_it_came_from(cluster: None) -> None:
+    made = Router(lambda handover: handover.payload)
+    hearing = Hearing(made)
+    process = Process()
+    mine = RayReplica("one", "denoiser", process, None, hearing.later)
+    made.add(mine)
+    ticket = given(mine)
+    hearing._receive(Answer(ticket.name, "", None), memoryview(b""))()
+    ((_, (order, payload)),) = process.asked
+    assert (order.ticket, payload) == (ticket.name, b"state")
+    hearing.inbox.close()
+
+
+def test_an_engine_goes_on_as_long_as_every_role_has_a_replica_that_may_serve() -> None:
+    engine = object.__new__(RayEngine)
+    broken, ready = replica("broken"), replica("ready")
+    broken.failure = OSError("no disk")
+    engine._keeper = SimpleNamespace(replicas={"broken": broken, "ready": ready})  # type: ignore[assignment]
+    engine.check_replicas()
+    ready.failure = OSError("no card")
+    with pytest.raises(ModelError, match="no disk"):
+        engine.check_replicas()

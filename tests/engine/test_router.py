@@ -615,3 +615,50 @@ def test_cancelling_takes_back_what_was_given_ahead() -> None:
     assert second in denoiser.cancelled
     assert third in decoder.cancelled
     assert (denoiser.tickets, decoder.tickets, encoder.tickets, len(made)) == ([], [], [], 0)
+
+
+def test_a_damaged_hand_over_shows_no_preview_again() -> None:
+    made, encoder, denoiser, decoder = passing()
+    job = submit_ahead(made)
+    shown: list[int] = []
+    job.listen(lambda event: shown.append(event.details["step"]) if event.kind == "preview" else None)
+    hand_over(encoder.tickets[0], 1)
+    denoiser.tickets[0].show(10, 20, b"png")
+    hand_over(denoiser.tickets[0], 2)
+    decoder.answer(outcome=WireError("checksum mismatch"))
+    denoiser.tickets[0].show(10, 20, b"png")
+    assert shown == [10]
+
+
+def test_the_previews_of_two_loops_in_one_segment_are_all_shown() -> None:
+    denoiser = Passing("denoiser", D)
+    made, job = router(denoiser), Job()
+    shown: list[tuple[int, int]] = []
+    job.listen(
+        lambda event: shown.append((event.details["step"], event.details["steps"])) if event.kind == "preview" else None
+    )
+    made.submit(job, Handover(D, 0), {"num_inference_steps": 1, "height": 8, "width": 8, "prompt": "fox"})
+    for step in ((20, 40), (40, 40), (1, 3), (3, 3)):
+        denoiser.tickets[0].show(*step, b"png")
+    assert shown == [(20, 40), (40, 40), (1, 3), (3, 3)]
+
+
+def test_a_suspect_does_not_wait_for_what_its_replica_was_given_ahead() -> None:
+    encoder, decoder = Passing("encoder", E), Passing("decoder", C)
+    denoisers = Passing("a", D), Passing("b", D)
+    made = router(encoder, decoder, *denoisers)
+    long = submit_ahead(made)
+    hand_over(encoder.tickets[0], 1)
+    suspect = Job(beside=BESIDE)
+    made.submit(suspect, Handover(E, 0), {"num_inference_steps": 1, "height": 8, "width": 8, "prompt": "fox"})
+    hand_over(encoder.tickets[0], 1)
+    (slow,), (quick,) = (each.tickets for each in sorted(denoisers, key=lambda each: each.tickets[0].job is suspect))
+    assert [ticket.job for ticket in decoder.tickets] == [long]
+    hand_over(quick, 2)
+    assert [ticket.job for ticket in decoder.tickets] == [suspect], "the long one is far from being decoded"
+    hand_over(slow, 2, handed=False)
+    assert [ticket.job for ticket in decoder.tickets] == [suspect]
+    hand_over(decoder.tickets[0], 3)
+    hand_over(decoder.tickets[0], 3)
+    assert (suspect.status, long.status) == ("done", "done")
+    assert (suspect.lost, long.lost) == ([], [])

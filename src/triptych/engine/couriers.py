@@ -29,8 +29,9 @@ THREADS = 64
 class Couriers:
     """Read the states that come, hand on those that segments leave, and tell the router.
 
-    The thread that drives a lane writes and sends a modest state itself, which is quicker than to wake another one. What
-    would keep it, larger states and the router, is left to threads of their own.
+    The thread that drives a lane writes and sends a modest state itself, where that lies in the CPU's memory: it is quicker
+    than to wake another one. What would keep it, larger states, other devices and the router, is left to threads of their
+    own.
 
     Args:
         attempts: those of this process; one is forgotten when its router knows its end.

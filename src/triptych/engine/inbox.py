@@ -32,8 +32,6 @@ MODEST = 2**20
 it costs to have another thread do that, or Ray."""
 SMALL = 65_536
 """Bytes of a state up to which it is part of its message."""
-_ROOM = 2 * SMALL
-"""Bytes of a whole message; Linux takes some more."""
 PATIENCE = 2.0
 """Seconds that either side waits for the other."""
 _PROMPT = 20
@@ -42,6 +40,8 @@ _REST = 0.1
 """Seconds until the next try where the system has nothing left to take a message with."""
 _TAKEN, _REFUSED = b"\1", b"\0"
 _HEAD = struct.Struct("<q")  # the bytes of the order that follows; it ends with spaces, so that the state is aligned
+_ROOM = _HEAD.size + 2 * SMALL
+"""Bytes of a whole message; Linux takes some more."""
 _CREDENTIALS = struct.Struct("3i")  # of the other end: process, user, group
 
 

@@ -55,7 +55,8 @@ PULSE = 0.5
 
 
 class RayEngine(Engine):
-    """Pools of replicas on a Ray cluster. States go from replica to replica; this process sees only their references.
+    """Pools of replicas on a Ray cluster. States go from replica to replica; this process keeps what is needed to make a lost
+    one again: small ones themselves, references to larger ones.
 
     Args:
         source: a folder in diffusers' layout, which every machine has under the same path, or a hub id.
@@ -175,10 +176,15 @@ class RayEngine(Engine):
         then = state.route[state.position + 1 :]
         return Handover(state.next_role, data if data.nbytes <= MODEST else ray.put(data), then=then)
 
-    def find_projection(self, timeout: float) -> Projection | None:
+    def find_projection(self, timeout: float, *, wait: bool = True) -> Projection | None:
+        until = time.monotonic() + timeout
         decoders = [each for each in self.replicas if RoleType.DECODER in each.roles and each.state == "ready"]
         for replica in decoders:
-            weight = ray.get(replica.actor.projection.remote(timeout), timeout=timeout + 2)
+            left = max(0.0, until - time.monotonic())
+            try:
+                weight = ray.get(replica.actor.projection.remote(left if wait else 0.0), timeout=left)
+            except TimeoutError:  # Ray's own is one, too
+                return None
             if weight is not None:
                 return Projection(torch.tensor(weight))
         return None
@@ -230,9 +236,10 @@ class RayEngine(Engine):
             time.sleep(0.02)
 
     def check_replicas(self) -> None:
-        failed = next((each for each in self.replicas if each.failure is not None), None)
-        if failed is not None:
-            raise ModelError(f"replica {failed.name} could not start: {failed.failure}")
+        hopeful = {role for each in self.replicas if each.failure is None for role in each.roles}
+        for failed in self.replicas:
+            if failed.failure is not None and not failed.roles <= hopeful:
+                raise ModelError(f"replica {failed.name} could not start: {failed.failure}")
 
     def _pulse(self) -> None:
         while not self._closed.wait(PULSE):

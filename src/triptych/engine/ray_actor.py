@@ -6,9 +6,10 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -127,7 +128,7 @@ class ReplicaActor:
             **model.identity,
         }
         if expected is not None and self._identity != expected:
-            raise ReplicaRefusedError(difference(self._identity, expected))
+            raise ReplicaRefusedError(f"this replica cannot join: {difference(self._identity, expected)}")
         if self._nixl:
             check_nixl()
         if ranks is not None:
@@ -223,11 +224,11 @@ class ReplicaActor:
         return sum(not each.ended.done() for _, each in self._attempts.all())
 
     @ray.method(concurrency_group="signs")
-    def beat(self, wanted: Sequence[str] = (), look: float = LOOK) -> dict[str, Any]:
-        """Show that it is alive, and how far its tickets are; `replica` is None while it loads.
+    def beat(self, wanted: Mapping[str, int] = MappingProxyType({}), look: float = LOOK) -> dict[str, Any]:
+        """Show that it is alive, and how far the wanted tickets are; `replica` is None while it loads.
 
         Args:
-            wanted: the tickets of whoever asks.
+            wanted: the tickets of whoever asks, and how many previews of each have come there.
             look: seconds to wait for the end of loading.
 
         Raises:
@@ -235,10 +236,11 @@ class ReplicaActor:
         """
         self._attempts.want(wanted)
         wait([self._loaded], look)
-        attempts, loaded = self._attempts.all(), self._loaded.done()
+        loaded = self._loaded.done()
+        attempts = [(ticket, each) for ticket, each in self._attempts.all() if ticket in wanted]
         return {
             "progress": {ticket: each.progress for ticket, each in attempts if each.progress is not None},
-            "previews": {ticket: list(each.previews) for ticket, each in attempts if each.previews},
+            "previews": {ticket: each.previews[wanted[ticket] :] for ticket, each in attempts},
             "process": self._process,
             "replica": {**self.describe(), "busy": self.busy()} if loaded else None,  # type: ignore[operator]
         }
@@ -250,10 +252,10 @@ class ReplicaActor:
 
 
 def difference(mine: dict[str, str], expected: dict[str, str]) -> str:
-    """Say in what a replica differs from the service it wants to join."""
+    """Say in what a replica or a router differs from the service it wants to join."""
     parts = [
         f"its {name} is {mine.get(name, 'none')!r}, the service's {expected.get(name, 'none')!r}"
         for name in {**expected, **mine}
         if mine.get(name) != expected.get(name)
     ]
-    return f"this replica cannot join: {'; '.join(parts)}"
+    return "; ".join(parts)

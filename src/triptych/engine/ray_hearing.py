@@ -69,7 +69,8 @@ class Hearing:
         assert isinstance(ticket.replica, RayReplica)
         ticket.replica.busy = time.monotonic()
         if answer.turns is None:
-            return partial(ticket.replica.ask_for, ticket)
+            # With its state: a replica that did not hear of this router for long has forgotten the ticket.
+            return partial(ticket.replica.ask_for, ticket, ticket.handover.payload if ticket.after is None else None)
         ticket.answered = True  # before the replica knows that, and forgets the ticket
         return partial(self._take, ticket, answer, data)
 
@@ -112,7 +113,7 @@ class Hearing:
             self._failed(replica, ticket, error)
             return
         told = future.result()
-        for preview in told.get("previews", ()):  # those that no heartbeat has told of
+        for preview in told.get("previews", ())[ticket.previews :]:  # those that no heartbeat has told of
             ticket.show(*preview)
         if told.get("turns") == () and ticket.job.status not in ENDED:
             # It may take long, and others are to be heard.

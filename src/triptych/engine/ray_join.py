@@ -34,8 +34,9 @@ LOOK = 0.5
 QUIET = 3
 """Looks in a row without work after which it has finished: by then every router knows that it is drained, and Ray has
 stored its last result."""
-FORGOTTEN = 10.0
-"""Seconds after which a replica that the register does not name leaves: one that was started anew learns the names again."""
+FORGOTTEN = 20
+"""Looks in a row after which a replica that the register does not name leaves: one that was started anew learns the names
+again."""
 DRAIN = 60.0
 """Seconds that a replica gets to finish what it has when it is interrupted; one that is drained gets all it needs."""
 
@@ -76,6 +77,7 @@ def join(
     name = f"{role.value}-{secrets.token_hex(3)}"
     reserved, options = placed({role}, {} if gpus is None else {role: gpus}, options)
     check_machine(reserved)
+    expected = ray.get(register.identity.remote())
     actor = start_replica(
         name,
         str(source),
@@ -84,11 +86,14 @@ def join(
         threads=threads or max(1, (os.cpu_count() or 1) // 2),
         gpus=reserved,
         here=True,
-        expected=ray.get(register.identity.remote()),
+        expected=expected,
         budget=None if batching else 0,
         prompt_cache=prompt_cache,
     )
     told = _wait_until_loaded(actor)
+    if ray.get(register.identity.remote()) != expected:
+        ray.kill(actor)
+        raise ReplicaRefusedError("this replica cannot join: the service ended while it loaded, or is another one now")
     ray.get(register.add.remote(name, role.value, joined=True))
     if on_ready is not None:
         on_ready(told)
@@ -121,14 +126,13 @@ def _wait_until_loaded(actor: Any) -> dict[str, Any]:
 
 def _stay(register: Any, actor: Any, name: str) -> bool:
     """Wait until somebody drains the replica, or the service is gone; returns whether it was drained."""
-    known = time.monotonic()
-    while time.monotonic() - known < FORGOTTEN:
+    unnamed = 0
+    while unnamed < FORGOTTEN:
         time.sleep(LOOK)
         member = ray.get(register.members.remote()).get(name)
-        if member is not None:
-            known = time.monotonic()
-            if member["draining"]:
-                return True
+        unnamed = unnamed + 1 if member is None else 0
+        if member is not None and member["draining"]:
+            return True
     return False
 
 

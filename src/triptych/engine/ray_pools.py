@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from triptych.engine.pools import Pool
 from triptych.engine.ranks import placed
@@ -34,6 +34,8 @@ _REPLACE_MOST = 600.0
 """Seconds that it takes at most."""
 _PATIENCE = 10.0
 """Seconds that the register may take to answer."""
+_BRIEF = 2.0
+"""The same at a pulse: the replicas are to be looked after meanwhile."""
 
 
 class PoolKeeper:
@@ -51,6 +53,7 @@ class PoolKeeper:
         self._router, self._identity, self._reply, self._later = router, identity, reply, later
         self._members: dict[str, dict[str, Any]] = {}
         self._epoch: str | None = None
+        self._alone = True  # whether no other router was alive when the register last told
         self._work: dict[str, tuple[int, float]] = {}  # requests and seconds of all routers together, by pool
         self._failures: Counter[str] = Counter()  # replicas in a row that could not start, by pool
         self._lock = threading.Lock()  # so that nothing is drained while the pools are looked after
@@ -65,11 +68,11 @@ class PoolKeeper:
                 "least": pool.least, "most": pool.most, "target": pool.least,
                 "arguments": {**arguments, "options": options, "gpus": reserved},
             }  # fmt: skip
-        ray.get(self._register.declare.remote(declared))
+        ray.get(self._register.declare.remote(declared), timeout=_PATIENCE)
 
     def scale(self, pool: str, target: int) -> None:
         """Set how many replicas a pool is to have, for good."""
-        ray.get(self._register.scale.remote(pool, target))
+        ray.get(self._register.scale.remote(pool, target), timeout=_PATIENCE)
 
     def drain(self, name: str) -> None:
         """Have a replica given nothing more by any router, and ended when it has finished; its pool shrinks by it."""
@@ -83,8 +86,10 @@ class PoolKeeper:
         try:
             last = ray.get(self._register.leave.remote(self._name), timeout=_PATIENCE)
         except (RayActorError, GetTimeoutError) as error:
-            log.warning("the register does not answer (%s): the replicas are ended", error)
-            last = True
+            last = self._alone
+            log.warning(
+                "the register does not answer (%s): the replicas are %s", error, "ended" if last else "left alone"
+            )
         for replica in self.replicas.values():
             self._router.remove(replica, "the engine was closed")
             if last and not replica.joined:
@@ -101,7 +106,11 @@ class PoolKeeper:
             self._pulse()
 
     def _pulse(self) -> None:
-        told = self._tell()
+        try:
+            told = self._tell()
+        except RayError:  # requests are on their way all the same
+            self._look_after_all(keeping=False)
+            raise
         anew = self._epoch not in (None, told["epoch"])
         if anew or (self.pools and not told["pools"]):
             log.warning("the register was started anew, or its service ended: it learns again what this router knows")
@@ -111,9 +120,9 @@ class PoolKeeper:
         self._epoch, self._members, self.pools = told["epoch"], told["members"], told["pools"]
         self._work = told["work"]
         self._meet()
-        keeping = told["keeper"] == self._name
-        for replica in list(self.replicas.values()):
-            self._look_after(replica, keeping=keeping)
+        self._alone = told["routers"] == [self._name]
+        keeping = told["routers"][0] == self._name
+        self._look_after_all(keeping=keeping)
         if keeping:
             self._autoscale()
             self._fill()
@@ -128,9 +137,9 @@ class PoolKeeper:
             requests = {ticket.job for ticket in waiting}.union(ticket.job for each in mine for ticket in each.tickets)
             seconds = sum(ticket.predicted for ticket in waiting) + sum(each.backlog for each in mine)
             work[pool] = len(requests), seconds
-        while (told := ray.get(self._register.pulse.remote(self._name, work), timeout=_PATIENCE)) is None:
+        while (told := ray.get(self._register.pulse.remote(self._name, work), timeout=_BRIEF)) is None:
             log.warning("the register does not know this router any more: it enters again")
-            enter(self._register, self._name, self._identity, timeout=_PATIENCE)
+            enter(self._register, self._name, self._identity, timeout=_BRIEF)
         known: dict[str, Any] = told
         return known
 
@@ -152,6 +161,13 @@ class PoolKeeper:
         for ghost in [each for each in self._router.replicas if each not in self.replicas.values()]:
             self._router.remove(ghost, f"{ghost.name} left")
 
+    def _look_after_all(self, *, keeping: bool) -> None:
+        for replica in list(self.replicas.values()):
+            try:
+                self._look_after(replica, keeping=keeping)
+            except Exception:  # the others are to be looked after all the same
+                log.exception("%s could not be looked after", replica.name)
+
     def _look_after(self, replica: RayReplica, *, keeping: bool) -> None:
         if replica.tickets:
             replica.busy = time.monotonic()
@@ -167,10 +183,13 @@ class PoolKeeper:
             self._strike_out(replica, "it was drained")
         elif keeping and replica.failed is not None:
             patience = min(REPLACE * 2 ** self._failures[replica.pool], _REPLACE_MOST)
-            if time.monotonic() - replica.failed > patience:
+            if replica.joined:
+                log.warning("%s, which had joined, is gone", replica.name)
+                self._strike_out(replica, "it is gone")  # its process sees it, where that is left, and ends
+            elif time.monotonic() - replica.failed > patience:
                 log.warning("%s could not start %.0f s ago, and is replaced", replica.name, patience)
                 self._failures[replica.pool] += 1
-                self._strike_out(replica, "it could not start")  # the process of one that joined sees it, and ends
+                self._strike_out(replica, "it could not start")
 
     def _strike_out(self, replica: RayReplica, reason: str) -> None:
         """End a replica for good; where its pool lacks one then, another is started."""
@@ -193,7 +212,7 @@ class PoolKeeper:
                 self.replicas[replica] = self._replica(replica, name, actor)
                 # Known here, too: a register that is started anew learns of it from us.
                 self._members[replica] = {"pool": name, "joined": False, "draining": False}
-                ray.get(self._register.add.remote(replica, name))
+                ray.get(self._register.add.remote(replica, name), timeout=_PATIENCE)
             for surplus in sorted(mine, key=_use)[: max(0, len(mine) - pool["target"])]:
                 surplus.draining = True
                 self._register.drain.remote(surplus.name)

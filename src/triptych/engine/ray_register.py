@@ -20,6 +20,8 @@ NAMESPACE = "triptych"
 REGISTER = "register"
 SILENT = 5.0
 """Seconds after which a router that was not heard is taken to be gone."""
+_STARTING = 60.0
+"""Seconds that it may take to start, and to answer for the first time."""
 ORPHANED = 60.0
 """Seconds after the last router's last word, after which the replicas are ended. One that is back by then finds them."""
 
@@ -40,7 +42,7 @@ class Register:
         self._pools: dict[str, dict[str, Any]] = {}
         self._routers: dict[str, float] = {}
         self._work: dict[str, dict[str, tuple[int, float]]] = {}  # what each router last told of it
-        self._heard = time.monotonic()
+        self._silent = 0  # seconds without a word from any router
         self._orphaned = orphaned
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -51,9 +53,9 @@ class Register:
     def enter(self, router: str, identity: dict[str, str]) -> dict[str, str]:
         """Let a router take part; returns the service's identity, which is the first router's."""
         if self._identity is None or (not self._alive() and not self._members):
-            self._identity = identity
+            self._identity, self._pools = identity, {}  # those of a service that had no replica left when it ended
         if identity == self._identity:
-            self._heard = self._routers[router] = time.monotonic()
+            self._hear(router)
         return self._identity
 
     def pulse(self, router: str, work: dict[str, tuple[int, float]]) -> dict[str, Any] | None:
@@ -64,13 +66,13 @@ class Register:
         """
         if router not in self._alive():
             return None
-        self._heard = self._routers[router] = time.monotonic()  # it keeps its place
+        self._hear(router)
         self._work[router] = work
         alive = self._alive()
         self._work = {name: self._work[name] for name in alive if name in self._work}
         return {
             "epoch": self._epoch,
-            "keeper": alive[0],
+            "routers": alive,  # the first of them keeps the pools
             "members": self._members,
             "pools": self._pools,
             "work": {pool: self._work_for(pool) for pool in self._pools},
@@ -134,6 +136,9 @@ class Register:
         """Return all replicas, by name: `pool`, whether it `joined` from outside, whether it is `draining`."""
         return self._members
 
+    def _hear(self, router: str) -> None:
+        self._silent, self._routers[router] = 0, time.monotonic()  # one that is known keeps its place
+
     def _alive(self) -> list[str]:
         now = time.monotonic()
         self._routers = {name: heard for name, heard in self._routers.items() if now - heard < SILENT}
@@ -156,7 +161,8 @@ class Register:
         """End the replicas that no router is left for."""
         while True:
             time.sleep(1)
-            if self._members and time.monotonic() - self._heard > self._orphaned:
+            self._silent += 1  # not by the clock: a process that was stopped meanwhile could hear nobody
+            if self._members and self._silent > self._orphaned:
                 self._end()
 
 
@@ -173,13 +179,17 @@ def open_register(router: str, identity: dict[str, str], *, orphaned: float = OR
 
     Raises:
         ReplicaRefusedError: the cluster serves another model, or with another version.
+        UsageError: the register does not answer.
     """
     remote: Any = ray.remote  # typed for functions of fixed arity only
     actor = remote(num_cpus=0, max_restarts=-1, max_task_retries=3)(Register)
     register = actor.options(name=REGISTER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True).remote(
         orphaned
     )
-    enter(register, router, identity)
+    try:
+        enter(register, router, identity, timeout=_STARTING)
+    except GetTimeoutError as error:
+        raise UsageError(f"this Ray cluster's register has not answered for {_STARTING:.0f} s") from error
     return register
 
 
@@ -191,7 +201,7 @@ def enter(register: Any, router: str, identity: dict[str, str], timeout: float |
     """
     theirs = ray.get(register.enter.remote(router, identity), timeout=timeout)
     if theirs != identity:
-        raise ReplicaRefusedError(difference(identity, theirs))
+        raise ReplicaRefusedError(f"this router cannot join: {difference(identity, theirs)}")
 
 
 def find_register() -> Any:

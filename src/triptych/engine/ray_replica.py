@@ -98,8 +98,12 @@ class RayReplica(Replica):
             if ticket.asked:
                 return
             ticket.asked = True
-        order = Order(ticket.name) if payload is None else self._order(ticket)  # else its state brings the order
-        outcome, data = self.actor.run.options(num_returns=2).remote(order, payload)
+        try:
+            order = Order(ticket.name) if payload is None else self._order(ticket)  # else its state brings the order
+            outcome, data = self.actor.run.options(num_returns=2).remote(order, payload)
+        except BaseException:
+            ticket.asked = False
+            raise
         self._when_there(outcome.future(), "finished", ticket, data)
 
     @property
@@ -110,9 +114,9 @@ class RayReplica(Replica):
     def _order(self, ticket: Ticket) -> Order:
         """Return what this process is to do for a ticket, and what those after it that it can reach."""
         job, then, previews = ticket.job, None, None
-        next_one = None if ticket.ahead is None else ticket.ahead.replica
-        if ticket.ahead is not None and isinstance(next_one, RayReplica) and next_one.node == self.node:
-            then = next_one._order(ticket.ahead)
+        ahead = ticket.ahead  # read once: it may be taken back meanwhile
+        if ahead is not None and isinstance(ahead.replica, RayReplica) and ahead.replica.node == self.node:
+            then = ahead.replica._order(ahead)
         left = None if job.deadline is None else job.deadline - time.monotonic()
         if job.previews is not None and ticket.role is RoleType.DENOISER:
             count, projection = job.previews
@@ -127,16 +131,16 @@ class RayReplica(Replica):
     def ask(self) -> None:
         """Ask for a sign of life, say which tickets are still wanted, and ask for those that may be lost."""
         self.asked = asked = time.monotonic()
-        for ticket in list(self.tickets):
-            if ticket.after is None and asked - ticket.since > LATE:
-                self.ask_for(ticket, ticket.handover.payload)
 
         def take_note(_: Future[Any]) -> None:
             self._come = asked  # at once: who hears it may be busy, which is no fault of the replica's
 
-        beat = self.actor.beat.remote([ticket.name for ticket in self.tickets], LOOK).future()
+        beat = self.actor.beat.remote({ticket.name: ticket.previews for ticket in self.tickets}, LOOK).future()
         beat.add_done_callback(take_note)
         self._when_there(beat, "told", asked)
+        for ticket in list(self.tickets):
+            if ticket.after is None and asked - ticket.since > LATE:
+                self.ask_for(ticket, ticket.handover.payload)
 
     def hear(self, router: Router, future: Future[Any], asked: float) -> None:
         """Take note of the sign of life that was asked for then, or of Ray's error in its place."""

@@ -48,6 +48,7 @@ class Ticket:
         done: called once with what the segment left, or what went wrong.
         progress: the share of it that is done.
         computing: whether it is known to have begun.
+        previews: how many pictures on the way it has shown.
         ahead: the job's next ticket, where a replica has been given that already.
         after: the ticket whose end this one waits for, where it was given ahead.
         asked: whether its replica was asked to tell its end, where it does not of itself.
@@ -67,6 +68,7 @@ class Ticket:
     since: float = 0.0
     progress: float = 0.0
     computing: bool = False
+    previews: int = 0
     ahead: Ticket | None = None
     after: Ticket | None = None
     asked: bool = False
@@ -83,9 +85,10 @@ class Ticket:
         self.job.tell("step", role=self.role.value, stage=stage, step=step, steps=steps)
 
     def show(self, step: int, steps: int, png: bytes) -> None:
-        """Tell the job of a preview, unless it has been told; an earlier attempt may have."""
-        if step > self.job.shown:
-            self.job.shown = step
+        """Tell the job of a preview, unless it has been told: an earlier attempt may have shown as many."""
+        self.previews += 1
+        if self.previews > self.job.shown:
+            self.job.shown = self.previews
             self.job.tell("preview", step=step, steps=steps, png=png)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -61,8 +62,11 @@ class Router:
 
     # Requests
 
-    def submit(self, job: Job, handover: Handover, fields: dict[str, Any]) -> None:
+    def submit(self, job: Job, handover: Handover, fields: dict[str, Any], *, admitted: bool = False) -> None:
         """Take a job on, or turn it away.
+
+        Args:
+            admitted: it was taken on before, and is not turned away however many are on their way.
 
         Raises:
             OverloadedError: too many are on their way.
@@ -71,7 +75,7 @@ class Router:
         with self._lock:
             if self._refusal is not None:
                 raise copy(self._refusal)  # each with a traceback of its own
-            if len(self._jobs) >= self.max_waiting:
+            if not admitted and len(self._jobs) >= self.max_waiting:
                 raise OverloadedError(len(self._jobs), self.retry_after())
             self._jobs[job] = {name: value for name, value in fields.items() if isinstance(value, (int, float, str))}
             job._cancel = lambda: self.cancel(job)
@@ -193,8 +197,11 @@ class Router:
             if replica is None and ticket.alone:
                 able = [each for each in self.replicas if ticket.role in each.roles and not each.draining]
                 if able and kept.isdisjoint(able):
-                    kept.add(min(able, key=lambda each: (each.backlog, each.name)))
-                continue
+                    replica = min(able, key=lambda each: (each.backlog, each.name))
+                    kept.add(replica)
+                    replica = replica if self._free(replica) else None
+                if replica is None:
+                    continue
             if replica is None:
                 full.add(ticket.role)
                 continue
@@ -211,6 +218,13 @@ class Router:
                 failed.append((ticket, str(error)))
         for ticket, problem in failed:
             self._fail_to_give(ticket, problem)
+
+    def _free(self, replica: Replica) -> bool:
+        """Take back what a replica was given ahead, which may be long in coming; returns whether it has nothing left."""
+        for ahead in [each for each in replica.tickets if each.after is not None and each.early is None]:
+            if ahead.after is not None:  # else it came after one of those that were taken back
+                self._withdraw(ahead.after)
+        return not replica.tickets
 
     def _fail_to_give(self, ticket: Ticket, problem: str) -> None:
         """Have a ticket run again that its replica could not be given."""
@@ -295,7 +309,9 @@ class Router:
                 else:
                     self._catch_up(ahead, outcome)
             elif isinstance(outcome, WireError):  # what it was given is damaged or gone: made once more
-                ticket.handover = ticket.handover.before or ticket.handover
+                if ticket.handover.before is not None:
+                    ticket.handover = ticket.handover.before
+                    job.shown = sys.maxsize  # it has ended once, and shown all there is
                 self._lose(ticket, str(outcome), counts=True)
             elif isinstance(outcome, ReplicaLost):
                 self._lose(ticket, str(outcome), counts=True)
