@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import triptych
-from triptych.engine.local import LocalEngine, place, thread_shares
+from triptych.engine import local
+from triptych.engine.local import LanesReplica, LocalEngine, place, thread_shares
 from triptych.errors import Cancelled, ParameterError, ReplicaLost, UsageError
 from triptych.request import Request
 from triptych.roles import RoleType
@@ -145,6 +146,45 @@ def test_lanes_never_have_more_threads_than_there_are() -> None:
     assert thread_shares(1) == {E: 1, D: 1, C: 1}
     assert thread_shares(2)[D] == 1
     assert thread_shares(16)[D] == 15
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [
+        ("cuda", {D: 3}, {D: 3}),
+        ("cuda", None, {}),
+        ("cpu", {D: 3}, {**thread_shares(torch.get_num_threads()), D: 3}),
+    ],
+)
+def test_lanes_have_the_threads_that_are_given_and_of_their_own_only_on_a_cpu(
+    repository: Path, kind: str, given: dict[RoleType, int] | None, expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[object] = []
+
+    def recorded(name: str, model: triptych.Model, *, threads: object, **options: Any) -> LanesReplica:
+        told.append(threads or {})
+        model.device = torch.device("cpu")  # as it is, whatever was pretended
+        return LanesReplica(name, model, threads=ONE, **options)
+
+    def elsewhere(*args: Any, role: Any, **options: Any) -> triptych.Model:
+        model = triptych.load(*args, role=role, **options)
+        if role is not RoleType.SERVER:
+            model.device = torch.device(kind)
+        return model
+
+    monkeypatch.setattr(local, "LanesReplica", recorded)
+    monkeypatch.setattr(local, "load", elsewhere)
+    devices: dict[str, Any] = dict.fromkeys(("encoder", "denoiser", "decoder"), "cpu")
+    LocalEngine(repository, **devices, threads=given, warm_up=False).close(0)
+    assert told == [expected]
+
+
+def test_a_request_does_not_fail_for_want_of_previews(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "find_projection", lambda timeout, **_: time.sleep(timeout))
+    monkeypatch.setattr(engine, "_projection_sought", False)
+    monkeypatch.setattr(engine, "_projection_stale", 0.0)
+    job = engine.submit(Request(**ASK), deadline=5.0, previews=1)
+    assert job.result(60).seed == 7
 
 
 def test_two_denoisers_share_the_work(repository: Path) -> None:

@@ -10,7 +10,14 @@ import pytest
 
 from triptych.errors import UsageError
 from triptych.server import jobs
-from triptych.server.jobs import JobStore, StoredJob, default_folder, open_default, write_atomically
+from triptych.server.jobs import (
+    JobStore,
+    StoreClosedError,
+    StoredJob,
+    default_folder,
+    open_default,
+    write_atomically,
+)
 from triptych.server.spool import Spool
 
 BODY = json.dumps({"parameters": {"prompt": "a fox"}}).encode()
@@ -61,6 +68,18 @@ def test_a_closed_store_leaves_running_jobs_queued_and_notes_nothing_more(tmp_pa
     (kept,) = store.all()
     assert (kept.status, kept.ended, kept.interruptions) == ("queued", None, 0)
     assert store.submission("video_1") == BODY
+    store.close()
+
+
+def test_a_closed_store_takes_nothing_on_and_nothing_is_left_of_it(tmp_path: Path) -> None:
+    store = JobStore(tmp_path)
+    store.close()
+    with pytest.raises(StoreClosedError):
+        store.add(job(), BODY)
+    assert list((tmp_path / "inputs").iterdir()) == []
+    assert store.submitted_bytes() == 0
+    store = JobStore(tmp_path)
+    assert store.all() == []
     store.close()
 
 

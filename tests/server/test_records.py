@@ -173,6 +173,53 @@ def test_a_request_that_is_deleted_before_it_has_its_job_or_its_row_is_not_left_
     assert idle()
 
 
+@pytest.mark.parametrize("late", ["row", "job"])
+def test_a_request_that_comes_too_late_to_be_kept_is_refused_and_stopped(
+    film: Callable[..., Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str
+) -> None:
+    store = JobStore(tmp_path)
+    client = film(engine(), None, store)
+    owner, name = (store, "add") if late == "row" else (engine(), "submit")
+    admit = getattr(owner, name)
+
+    def leave(*args: Any, **options: Any) -> Any:
+        client.service.draining = True
+        store.close()
+        if late == "job":  # the engine was closed, too
+            raise Cancelled("the engine was closed")
+        return admit(*args, **options)
+
+    monkeypatch.setattr(owner, name, leave)
+    response = httpx.post(f"{client.root}/v1/requests", json={"parameters": LONG}, timeout=30)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
+    assert response.json()["error"]["message"] == "the server is shutting down"
+    assert "Retry-After" in response.headers
+    assert client.service.records.all() == []
+    assert list((tmp_path / "inputs").iterdir()) == []
+    assert idle()
+    store = JobStore(tmp_path)
+    assert store.all() == []
+    store.close()
+
+
+def test_pictures_whose_addresses_come_too_late_to_be_kept_are_refused(
+    film: Callable[..., Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = JobStore(tmp_path)
+    client = film(engine(), None, store)
+    add = store.add
+
+    def leave(*args: Any) -> None:
+        store.close()
+        add(*args)
+
+    monkeypatch.setattr(store, "add", leave)
+    body = {"prompt": "a dog", "num_inference_steps": 1, "response_format": "url"}
+    response = httpx.post(f"{client.root}/v1/images/generations", json=body, timeout=30)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
+    assert list(store.results.iterdir()) == []
+
+
 def test_pictures_whose_row_cannot_be_written_leave_no_files_and_take_no_space(
     film: Callable[..., Client], tmp_path: Path
 ) -> None:

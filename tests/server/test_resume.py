@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -22,9 +23,11 @@ from serving import engine as embedded_engine
 import triptych
 from triptych import embedded
 from triptych.engine.base import Engine
+from triptych.errors import Cancelled
 from triptych.server.jobs import JobStore, StoredJob, is_ours
 from triptych.server.limits import Limits
 from triptych.server.openai.video_order import order_of
+from triptych.server.submission import request_of
 
 QUICK: dict[str, Any] = {"prompt": "a fox", "size": "48x32", "num_inference_steps": 2, "seed": 7, "num_frames": 5}
 QUICK |= {"exact": True}
@@ -232,6 +235,63 @@ def test_until_the_engine_is_there_requests_are_queued_and_can_be_cancelled(
         client.service.engine = wan
         assert wait(client, is_done)["status"] == "completed"
         assert until(f"{client.root}/v1/videos/video_2", is_done)["status"] == "failed"
+
+
+def test_deadlines_hold_while_the_model_is_loaded(wan: Engine, stored: Callable[..., JobStore]) -> None:
+    store = stored()
+    told, body = store.all()[0].told, json.loads(store.submission("video_1"))
+    soon = StoredJob("video_2", wan.front.fingerprint, "videos", 7, time.time(), told)
+    store.add(soon, json.dumps({**body, "deadline": 1.0}).encode())
+    with serving(None, None, store) as client:
+        assert httpx.get(f"{client.root}/v1/videos/video_2").json()["status"] == "queued"
+        time.sleep(2)
+        failed = httpx.get(f"{client.root}/v1/videos/video_2").json()
+        assert (failed["status"], failed["error"]["code"]) == ("failed", "deadline_exceeded")
+        assert httpx.get(f"{client.root}/v1/videos/video_1").json()["status"] == "queued"
+        end = time.monotonic() + 10
+        while store.all()[1].status != "failed":  # so that the next server does not run it
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        client.service.engine = wan
+        assert wait(client, is_done)["status"] == "completed"
+
+
+def test_requests_of_before_are_run_though_others_have_taken_every_place(
+    wan: Engine, stored: Callable[..., JobStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wan.router, "max_waiting", 1)
+    with serving(None, None, stored()) as client:
+        long = order_of(order_fields(LONG), wan, Limits())
+        job = wan.submit(request_of(long.submission, Limits()))
+        client.service.engine = wan
+        end = time.monotonic() + 10
+        while client.service.records.get("video_1").job is None:
+            assert time.monotonic() < end, "it starves"
+            time.sleep(0.01)
+        assert httpx.post(f"{client.root}/v1/videos", json=QUICK).status_code == 429
+        assert job.status not in ("done", "failed")
+        job.cancel()
+        assert wait(client, is_done)["status"] == "completed"
+
+
+def test_a_request_that_a_closing_engine_refuses_is_left_to_the_next_server(
+    wan: Engine, stored: Callable[..., JobStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, refused = stored(), threading.Event()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        store.close()
+        refused.set()
+        raise Cancelled("the engine was closed")
+
+    monkeypatch.setattr(wan, "submit", refuse)
+    with serving(wan, None, store) as client:
+        assert refused.wait(30)
+        time.sleep(0.3)
+        assert wait(client, lambda video: True)["status"] == "queued"
+    store = JobStore(store.folder)
+    assert [each.status for each in store.all()] == ["queued"]
+    store.close()
 
 
 def test_a_request_for_another_model_fails_with_the_reason(wan_i2v: Engine, stored: Callable[..., JobStore]) -> None:

@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 
 _PATIENCE = 20.0
 """Seconds that the first request with previews waits for what they are made with."""
+_SHARE = 0.1
+"""Of its deadline that a request waits for them at most."""
+_ANSWER = 2.0
+"""Seconds that decoders are given to tell what they have already."""
 _FRESH = 5.0
 """Seconds that what previews are made with is used until the decoders are asked for better."""
 _FIXED = "this service runs in one process, whose replicas are settled at its start; serve with --pools to change them"
@@ -56,14 +60,17 @@ class Engine(ABC):
         deadline: float | None = None,
         previews: int = 0,
         name: str | None = None,
+        admitted: bool = False,
         check: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Job:
         """Take a request on; returns at once.
 
         Args:
             deadline: seconds from now after which it is given up.
-            previews: pictures on the way that are to be told as events; the first request with any may wait here.
+            previews: pictures on the way that are to be told as events; the first request with any may wait here, for
+                a tenth of its deadline at most.
             name: the job's id; drawn where left out.
+            admitted: it was taken on before, and is not turned away however many are on their way.
             check: is told of the parameters as the model has settled them; what it raises is raised here.
 
         Raises:
@@ -75,9 +82,10 @@ class Engine(ABC):
             check(state.fields)
         job = Job(deadline=None if deadline is None else time.monotonic() + deadline)
         job.id = name or job.id
-        if previews > 0 and (projection := self.projection(deadline)) is not None:
+        patience = None if deadline is None else deadline * _SHARE
+        if previews > 0 and (projection := self.projection(patience)) is not None:
             job.previews = previews, projection
-        self.router.submit(job, self.hand_in(state), state.fields)
+        self.router.submit(job, self.hand_in(state), state.fields, admitted=admitted)
         return job
 
     def generate(self, *, deadline: float | None = None, **parameters: Any) -> Result:
@@ -107,12 +115,13 @@ class Engine(ABC):
             while job.status not in ENDED and time.monotonic() < until:
                 self.check_replicas()
                 with suppress(TimeoutError):
-                    job.result(_CHECK)
+                    job.result(min(_CHECK, until - time.monotonic()))
             job.result(0)
         finally:
             job.cancel()
-        try:
-            self.find_projection(0.0)  # the decoders begin to look for it, when they have nothing else to do
+        left = min(_ANSWER, max(0.0, until - time.monotonic()))
+        try:  # the decoders begin to look for it, when they have nothing else to do
+            self.find_projection(left, wait=False)
         except Exception as error:  # noqa: BLE001 (requests come without previews then)
             log.warning("looking for what previews are made with: %s", error)
 
@@ -125,14 +134,14 @@ class Engine(ABC):
         if now > self._projection_stale:
             self._projection_stale = now + _FRESH
             first, self._projection_sought = not self._projection_sought, True
-            until = now + (min(_PATIENCE, math.inf if timeout is None else timeout) if first else 0.0)
+            until = now + min(_PATIENCE if first else _ANSWER, math.inf if timeout is None else timeout)
 
             def left() -> float:
                 return max(0.0, until - time.monotonic())
 
             try:
-                found = self.find_projection(left())
-                if found is None and first:  # perhaps nothing has been decoded yet
+                found = self.find_projection(left(), wait=first)
+                if found is None and first and left() > 0:  # perhaps nothing has been decoded yet
                     self.warm_up(left())
                     found = self.find_projection(left())
                 self._projection = found or self._projection
@@ -148,8 +157,14 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def find_projection(self, timeout: float) -> Projection | None:
-        """Ask the decoders for what previews are made with, for `timeout` seconds at most."""
+    def find_projection(self, timeout: float, *, wait: bool = True) -> Projection | None:
+        """Ask the decoders for what previews are made with; all of them together take `timeout` seconds at most.
+
+        None where none can tell by then.
+
+        Args:
+            wait: whether they take that long to learn it, or tell only what they know.
+        """
 
     @abstractmethod
     def hand_in(self, state: State) -> Handover:

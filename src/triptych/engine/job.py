@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import secrets
 import threading
 import time
@@ -15,6 +16,8 @@ from triptych.errors import Cancelled
 if TYPE_CHECKING:
     from triptych.result import Result
     from triptych.runtime.preview import Projection
+
+log = logging.getLogger(__name__)
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 ENDED = frozenset(("done", "failed", "cancelled"))
@@ -104,17 +107,15 @@ class Job:
             yield event
 
     def listen(self, listener: Callable[[Event], None]) -> None:
-        """Call `listener` with every event from the first on, in whatever thread it happens; it must not block."""
+        """Call `listener` with every event from the first on, in whatever thread it happens; it must not block.
+
+        What it raises is logged, and it is told of the next event all the same.
+        """
         with self._changed:
             for event in self._events:
-                listener(event)
+                self._let_hear(listener, event)
             if self.status not in ENDED:
                 self._listeners.append(listener)
-
-    @property
-    def last_event(self) -> Event | None:
-        """The newest event."""
-        return self._events[-1] if self._events else None
 
     # What follows is the engine's side.
 
@@ -149,5 +150,11 @@ class Job:
         event = Event(len(self._events), kind, time.time(), details)
         self._events.append(event)
         for listener in self._listeners:
-            listener(event)
+            self._let_hear(listener, event)
         self._changed.notify_all()
+
+    def _let_hear(self, listener: Callable[[Event], None], event: Event) -> None:
+        try:
+            listener(event)
+        except Exception:  # it is the listener's own: the job goes on, and others hear of it
+            log.exception("%s: a listener failed at %r", self.id, event.kind)

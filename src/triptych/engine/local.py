@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -186,7 +187,7 @@ class LocalEngine(Engine):
         source: a folder in diffusers' layout, or a hub id.
         encoder, denoiser, decoder: the device of each role, or several, separated by commas: a replica on each.
         dtype, tasks, revision, variant, acceleration: as in `triptych.load`.
-        threads: CPU threads of each role's lane; by default the denoiser's has all but one.
+        threads: CPU threads of each role's lane; by default, on a CPU, the denoiser's has all but one.
         policy: how a replica is chosen: `predicted` seconds, `round_robin` or `max_free_slots`.
         max_waiting: requests on their way before further ones are turned away.
         prompt_cache: bytes of embeddings that an encoder remembers; 0 for none.
@@ -228,16 +229,12 @@ class LocalEngine(Engine):
             for number, (device, roles) in enumerate(places):
                 model = load(source, role="+".join(role.value for role in roles), device=device, **options)
                 name = f"{role_name(frozenset(roles))}-{number}"
-                share = (
-                    {**thread_shares(torch.get_num_threads()), **(threads or {})}
-                    if model.device.type == "cpu"
-                    else None
-                )
+                usual = thread_shares(torch.get_num_threads()) if model.device.type == "cpu" else {}
                 self.router.add(
                     LanesReplica(
                         name,
                         model,
-                        threads=share,
+                        threads={**usual, **(threads or {})},
                         slots=slots,
                         budget=budget,
                         prompt_cache=prompt_cache,
@@ -256,9 +253,11 @@ class LocalEngine(Engine):
         streams.wait_for(state.fields)
         return Handover(state.next_role, state)
 
-    def find_projection(self, timeout: float) -> Projection | None:
+    def find_projection(self, timeout: float, *, wait: bool = True) -> Projection | None:
+        until = time.monotonic() + (timeout if wait else 0.0)
         replicas = [each for each in self.router.replicas if isinstance(each, LanesReplica)]
-        return next((found for each in replicas if (found := each.projection(timeout)) is not None), None)
+        asked = (each.projection(max(0.0, until - time.monotonic())) for each in replicas)
+        return next((found for found in asked if found is not None), None)
 
     def _lose(self, replica: LanesReplica, error: Exception) -> None:
         """Give nothing more to a replica whose device has failed; where a role has no other, end what is on its way."""

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from triptych.errors import UsageError
+from triptych.errors import TriptychError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +171,7 @@ class JobStore:
         """Keep a job that has just been accepted, and what was submitted; or one that has ended, and nothing of that.
 
         Raises:
+            StoreClosedError: it is not kept, and nothing is left of it.
             OSError, sqlite3.Error: the disk is full.
         """
         values = (job.id, job.model, job.makes, str(job.seed), job.created, json.dumps(job.told), job.status)
@@ -178,12 +179,14 @@ class JobStore:
             if submission is not None:
                 self._submitted[job.id] = len(submission)
                 write_atomically(self._input(job.id), submission, to_disk=job.precious)
-            self._write(
+            written = self._write(
                 "INSERT INTO jobs (id, model, makes, seed, created, told, status, ended, outputs, timings) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 *(*values, job.ended, job.outputs, json.dumps(dict(job.timings))),
                 to_disk=job.precious,
             )
+            if not written:
+                raise StoreClosedError("the server is shutting down: nothing more is kept")
         except BaseException:
             self._drop_input(job.id)
             raise
@@ -217,12 +220,13 @@ class JobStore:
     ) -> None:
         """Note how a job ended, unless that was noted before; its result, if there is one, must be on disk already."""
         told = None if error is None else json.dumps(error, default=str)
-        self._write(
+        written = self._write(
             "UPDATE jobs SET status = ?, ended = ?, outputs = ?, timings = ?, error = ? WHERE id = ? AND ended IS NULL",
             *(status, when or time.time(), outputs, json.dumps(dict(timings or {})), told, name),
             to_disk=precious,
         )
-        self._drop_input(name)
+        if written:
+            self._drop_input(name)
 
     def interrupted(self, name: str) -> int:
         """Note that the process died while a job ran; returns how often that has happened. It is queued again."""
@@ -232,8 +236,8 @@ class JobStore:
 
     def forget(self, name: str) -> None:
         """Remove a job, whatever its status; its result is removed by the spool."""
-        self._write("DELETE FROM jobs WHERE id = ?", name)
-        self._drop_input(name)
+        if self._write("DELETE FROM jobs WHERE id = ?", name):
+            self._drop_input(name)
 
     def all(self) -> list[StoredJob]:
         """Return all jobs in the order of their arrival."""
@@ -273,18 +277,21 @@ class JobStore:
         """Whether what has not ended is left to the next process."""
         return not self._open
 
-    def _write(self, statement: str, *values: object, to_disk: bool = False) -> None:
-        """Change the table; returns once the change survives the process, or with `to_disk` the machine."""
+    def _write(self, statement: str, *values: object, to_disk: bool = False) -> bool:
+        """Change the table; returns once the change survives the process, or with `to_disk` the machine.
+
+        False where the store is closed: then nothing is changed.
+        """
         with self._lock:
             if self._open:
                 self._database.execute(f"PRAGMA synchronous = {'FULL' if to_disk else 'NORMAL'}")
                 with self._database:
                     self._database.execute(statement, values)
+            return self._open
 
     def _drop_input(self, name: str) -> None:
-        if self._open:
-            self._submitted.pop(name, None)
-            self._input(name).unlink(missing_ok=True)
+        self._submitted.pop(name, None)
+        self._input(name).unlink(missing_ok=True)
 
     def _input(self, name: str) -> Path:
         return self._inputs / f"{name}.json"
@@ -329,6 +336,10 @@ def open_default(source: str) -> JobStore | None:
 
 class FolderTakenError(UsageError):
     """Another server uses the folder."""
+
+
+class StoreClosedError(TriptychError):
+    """What has come too late to be left to the next server: the store is closed."""
 
 
 def write_atomically(path: Path, data: bytes, *, to_disk: bool = True) -> None:

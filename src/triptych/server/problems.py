@@ -21,6 +21,7 @@ from triptych.errors import (
     UsageError,
     shown,
 )
+from triptych.server.jobs import StoreClosedError
 
 _LONGEST = 200
 """Characters of a refused name or value that are sent back."""
@@ -42,6 +43,7 @@ _STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
     (Cancelled, 410, "cancelled"),
     (RequestLostError, 500, "lost"),
     (ReplicaLost, 503, "not_ready"),
+    (StoreClosedError, 503, "not_ready"),
     (TriptychError, 500, "internal"),
 )
 

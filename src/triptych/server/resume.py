@@ -7,17 +7,18 @@ import logging
 import sqlite3
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from anyio import to_thread
 
 from triptych.engine.base import Engine
 from triptych.engine.job import Event, Job
-from triptych.errors import DeadlineExceeded, OverloadedError
+from triptych.errors import DeadlineExceeded
 from triptych.server.jobs import JobStore, StoredJob
 from triptych.server.problems import Problem, problem_of
 from triptych.server.records import Record
-from triptych.server.submission import parse, request_of
+from triptych.server.submission import Submission, parse, request_of
 
 if TYPE_CHECKING:
     from triptych.server.service import Service
@@ -27,9 +28,7 @@ log = logging.getLogger(__name__)
 INTERRUPTIONS = 3
 """Times that a server may die while it runs a request before the request is given up: it may be what kills it."""
 _LOOK = 0.05
-"""Seconds between two looks whether the engine has loaded."""
-_FULL = 1.0
-"""Seconds until a request is offered again to an engine that had no room."""
+"""Seconds between two looks whether the engine has loaded, and whether a request is overdue."""
 
 
 Waiting = list[tuple[Record, StoredJob]]
@@ -54,11 +53,45 @@ async def restore(service: Service, store: JobStore) -> Waiting:
 
 
 async def resume(service: Service, store: JobStore, waiting: Waiting) -> None:
-    """Once the engine is there, run what has not ended."""
-    while waiting and service.engine is None:
-        await asyncio.sleep(_LOOK)
+    """Once the engine is there, run what has not ended; until then, deadlines hold."""
+
+    async def run_all() -> None:
+        while waiting and service.engine is None:
+            await asyncio.sleep(_LOOK)
+        for record, stored in waiting:
+            await _run_again(service, store, record, stored)
+
+    await asyncio.gather(run_all(), _give_up_overdue(service, store, waiting))
+
+
+async def _give_up_overdue(service: Service, store: JobStore, waiting: Waiting) -> None:
+    """Give up the requests whose deadlines pass while they have no job: an engine looks after those of its jobs only."""
+
+    def deadline(record: Record, stored: StoredJob) -> float:
+        return _deadline(service, stored, _submitted(service, store, record))
+
+    deadlines: dict[Record, float] = {}
     for record, stored in waiting:
-        await _run_again(service, store, record, stored)
+        with suppress(Exception):  # whatever is wrong with it is told when it is to be run
+            deadlines[record] = await to_thread.run_sync(deadline, record, stored)
+    while deadlines := {each: when for each, when in deadlines.items() if each.ended is None and each.job is None}:
+        for record, when in deadlines.items():
+            if time.time() > when:
+                service.records.give_up(record, "failed", problem_of(_overdue()))
+        await asyncio.sleep(_LOOK)
+
+
+def _submitted(service: Service, store: JobStore, record: Record) -> Submission:
+    return parse(store.submission(record.id), service.limits)
+
+
+def _deadline(service: Service, stored: StoredJob, submission: Submission) -> float:
+    """Return when a request must have ended, in seconds since the epoch."""
+    return stored.created + (submission.deadline or service.limits.deadline)
+
+
+def _overdue() -> DeadlineExceeded:
+    return DeadlineExceeded("the request's deadline passed before a server could run it again")
 
 
 async def _count_interruption(service: Service, store: JobStore, record: Record) -> None:
@@ -81,32 +114,29 @@ async def _run_again(service: Service, store: JobStore, record: Record, stored: 
         service.records.give_up(record, "failed", Problem(409, "other_model", reason))
 
     def admit(engine: Engine) -> Job:
-        submission = parse(store.submission(record.id), service.limits)
+        submission = _submitted(service, store, record)
         submission.parameters["seed"] = stored.seed
-        left = stored.created + (submission.deadline or service.limits.deadline) - time.time()
+        left = _deadline(service, stored, submission) - time.time()
         if left <= 0:
-            raise DeadlineExceeded("the request's deadline passed before a server could run it again")
+            raise _overdue()
         request = request_of(submission, service.limits)
-        job = service.run(engine, record, request, left, submission.previews)
+        job = service.run(engine, record, request, left, submission.previews, admitted=True)
         service.records.listen(record, job, loop)
         return job
 
-    while record.ended is None and not service.draining:
-        try:
-            job = await to_thread.run_sync(admit, engine)
-        except OverloadedError:
-            await asyncio.sleep(_FULL)
-            continue
-        except Exception as error:  # whatever it is, the caller has to be told
-            if record.ended is not None:  # cancelled or removed in the meantime, and its submission with it
-                return
-            if not isinstance(error, DeadlineExceeded):
-                log.error("%s cannot be run again", record.id, exc_info=error)
-            service.records.give_up(record, "failed", problem_of(error))
-            return
-        if record.ended is not None:  # cancelled or removed in the meantime
-            await to_thread.run_sync(job.cancel)
+    if record.ended is not None or service.draining:
         return
+    try:
+        job = await to_thread.run_sync(admit, engine)
+    except Exception as error:  # whatever it is, the caller has to be told
+        if record.ended is not None or store.closed:  # its submission went with it, or both are the next server's
+            return
+        if not isinstance(error, DeadlineExceeded):
+            log.error("%s cannot be run again", record.id, exc_info=error)
+        service.records.give_up(record, "failed", problem_of(error))
+        return
+    if record.ended is not None:  # cancelled or removed in the meantime, or overdue
+        await to_thread.run_sync(job.cancel)
 
 
 def restored(stored: StoredJob) -> Record:

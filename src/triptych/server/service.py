@@ -16,8 +16,9 @@ from anyio import to_thread
 import triptych
 from triptych.engine.base import Engine
 from triptych.engine.job import Job
+from triptych.errors import Cancelled
 from triptych.request import Request
-from triptych.server.jobs import JobStore, StoredJob
+from triptych.server.jobs import JobStore, StoreClosedError, StoredJob
 from triptych.server.limits import Limits
 from triptych.server.problems import Refusal, sendable
 from triptych.server.records import Record, Records
@@ -114,6 +115,9 @@ class Service:
                 told = (record.id, engine.front.fingerprint, record.makes, record.seed, record.created, record.told)
                 try:
                     store.add(StoredJob(*told), data)
+                except StoreClosedError:
+                    job.cancel()
+                    raise
                 except (OSError, sqlite3.Error) as error:
                     job.cancel()
                     raise Refusal(507, "no_space", f"the request cannot be kept: {error}") from error
@@ -123,16 +127,30 @@ class Service:
         self.records.add(record)
         try:
             await to_thread.run_sync(admit)
-        except BaseException:
+        except BaseException as error:
             self.records.remove(record)
+            if isinstance(error, (StoreClosedError, Cancelled)):  # the server has begun to stop in the meantime
+                raise Refusal(503, "not_ready", self.why_not_ready() or str(error), _SOON) from error
             raise
         if record.ended is not None and record.job is not None:  # cancelled before the engine had it
             await to_thread.run_sync(record.job.cancel)
         if record.lasting and record not in self.records:  # deleted before the store had it: there was nothing to erase
             await self.records.erase(record)
 
-    def run(self, engine: Engine, record: Record, request: Request, deadline: float | None, previews: int) -> Job:
+    def run(
+        self,
+        engine: Engine,
+        record: Record,
+        request: Request,
+        deadline: float | None,
+        previews: int,
+        *,
+        admitted: bool = False,
+    ) -> Job:
         """Submit a request to an engine, within the limits, as the job of a record.
+
+        Args:
+            admitted: the server before had taken it on: there is room for it.
 
         Raises:
             UsageError, OverloadedError: the engine does not take it.
@@ -142,6 +160,7 @@ class Service:
             deadline=self.limits.deadline if deadline is None else deadline,
             previews=previews,
             name=record.id,
+            admitted=admitted,
             check=partial(check_outputs, limits=self.limits, family=engine.front.family),
         )
         record.job, record.seed = job, int(str(request.parameters["seed"]))  # the engine has checked it

@@ -72,7 +72,6 @@ class Files:
         data: the files, in order.
         size: width and height of the first.
         pixels: of all together.
-        given: of all pictures that were given.
     """
 
     order: ImageOrder

@@ -56,9 +56,6 @@ class ImageOrder:
 
     Attributes:
         request: what an engine takes.
-        model: the name of the model that makes them.
-        count: how many are asked for.
-        pictures: how many were given.
         format, compression: of the files; the compression is what JPEG and WebP call quality.
         quality, background: as they are told back.
         links: whether addresses are wanted instead of the files.
@@ -68,9 +65,6 @@ class ImageOrder:
     """
 
     request: Request
-    model: str
-    count: int
-    pictures: int
     format: Format
     compression: int
     quality: str
@@ -109,7 +103,7 @@ def order_of(fields: Fields, engine: Engine, limits: Limits, *, edit: bool) -> I
     own = {name: given.pop(name, None) for name in OWN}
     if not isinstance(given.get("prompt"), str):
         raise ParameterError("prompt", given.get("prompt"), "it is missing: a text is accepted")
-    pictures = _add_pictures(given, kinds, told.family, edit=edit)
+    _add_pictures(given, kinds, told.family, edit=edit)
     count = _whole("n", own["n"], 1, MOST)
     _add_count(given, count, engine)
     add_size(given, own["size"], "1024x768")
@@ -138,11 +132,10 @@ def order_of(fields: Fields, engine: Engine, limits: Limits, *, edit: bool) -> I
     if stream and (count > 1 or links):
         field = "n" if count > 1 else "response_format"
         raise ParameterError(field, own[field], "a stream brings one picture, as b64_json")
+    request = request_of(submission_of(given), limits)
+    check_model(own["model"], told.model)
     return ImageOrder(
-        request=request_of(submission_of(given), limits),
-        model=check_model(own["model"], told.model),
-        count=count,
-        pictures=pictures,
+        request=request,
         format=format,
         compression=compression,
         quality={"auto": "medium", "standard": "medium", "hd": "high"}.get(quality, quality),
@@ -154,8 +147,8 @@ def order_of(fields: Fields, engine: Engine, limits: Limits, *, edit: bool) -> I
     )
 
 
-def _add_pictures(given: dict[str, Any], kinds: Mapping[str, str], family: str, *, edit: bool) -> int:
-    """Bring pictures into the form of `/v1/requests`, base64; returns how many there are."""
+def _add_pictures(given: dict[str, Any], kinds: Mapping[str, str], family: str, *, edit: bool) -> None:
+    """Bring pictures into the form of `/v1/requests`, base64."""
     if "mask" in given:
         if "mask_image" not in kinds:
             raise ParameterError("mask", "...", f"{family} edits whole pictures: leave the mask out")
@@ -164,7 +157,6 @@ def _add_pictures(given: dict[str, Any], kinds: Mapping[str, str], family: str, 
         raise ParameterError("image", "...", f"{family} makes pictures from text only")
     if edit and not given.get("image"):
         raise ParameterError("image", None, "it is missing: one picture or several are accepted")
-    count = 0
     for name, value in list(given.items()):
         if kinds.get(name) not in ("image", "images"):
             continue
@@ -177,8 +169,6 @@ def _add_pictures(given: dict[str, Any], kinds: Mapping[str, str], family: str, 
             raise ParameterError(name, type(other).__name__, "a file, a data URL or base64 is accepted")
         files = [base64.b64encode(each).decode() if isinstance(each, bytes) else each for each in several]
         given[name] = files if len(files) > 1 else files[0]
-        count += len(files)
-    return count
 
 
 def _has_file(value: object) -> bool:
