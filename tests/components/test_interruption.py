@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 
 import triptych
 from triptych.components.acceleration import Acceleration
-from triptych.components.interruption import interruptible
+from triptych.components.interruption import interruptible, watch
 from triptych.errors import Cancelled
 from triptych.runtime.decoder_lane import DecoderLane
 from triptych.runtime.lanes import Lane, Work
@@ -78,6 +79,35 @@ def test_a_cancel_takes_effect_before_the_next_part_and_the_autoencoder_is_as_be
 def test_outside_of_a_request_nothing_is_asked(model: Model) -> None:
     with interruptible(lambda: pytest.fail("asked")), interruptible(None):
         finish(model.segment(denoised(model)))
+
+
+@pytest.mark.parametrize("family", ["wan", "qwen_image"])
+@pytest.mark.parametrize("method", ["encode", "decode"])
+@pytest.mark.parametrize("cause", ["a cancel", "an error"])
+def test_an_autoencoder_that_was_stopped_or_failed_keeps_no_features(
+    family: str, method: str, cause: str, tiny_repo: Callable[..., Path]
+) -> None:
+    vae: Any = {"wan": AutoencoderKLWan, "qwen_image": AutoencoderKLQwenImage}[family].from_pretrained(
+        tiny_repo(family), subfolder="vae"
+    )
+    watch(vae)
+    video = torch.randn(1, 3, 9, 16, 16) if method == "encode" else torch.randn(1, vae.config.z_dim, 3, 4, 4)
+    kept: list[int] = []
+
+    def features() -> int:
+        return sum(isinstance(each, torch.Tensor) for each in (*vae._feat_map, *vae._enc_feat_map))
+
+    def stop(*_: object) -> None:
+        kept.append(features())
+        if len(kept) == 2:
+            raise Cancelled("nobody wants it any more")
+
+    if cause == "an error":
+        getattr(vae, f"{method[:-1]}er").conv_out.register_forward_pre_hook(stop)
+    with torch.no_grad(), interruptible(stop if cause == "a cancel" else None), pytest.raises(Cancelled):
+        getattr(vae, method)(video)
+    assert kept[-1] > 0, "it was in the midst of it"
+    assert features() == 0
 
 
 def test_a_cancel_takes_effect_before_the_next_token(tiny_repo: Callable[..., Path]) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 import triptych
 from triptych.errors import ParameterError, UnknownParameterError, UsageError
 from triptych.request import pipeline_parameters
+from triptych.runtime.lanes import Lane, Work
 
 from . import parity
 from .parity import ROLES, Forwards, Parity, assert_same, differ
@@ -314,6 +315,18 @@ def test_the_diffusion_decoder_draws_its_noise_where_the_request_stopped(tiny_re
     assert_same(video.whole(**call, output_type="pt"), expected, "whole")
     assert_same(video.split(**call, output_type="pt"), expected, "split")
     assert video.roles["decoder"].loaded_bytes["vae"] == 2 * 6 * decoder.dtype.itemsize
+
+
+@pytest.mark.parametrize("diffusion", [True, False])
+def test_nobody_waits_for_another_s_video_that_a_diffusion_decoder_makes(tiny_repo: TinyRepo, diffusion: bool) -> None:
+    model = triptych.load(tiny_repo("ltx2", version="2.5", diffusion=diffusion), device="cpu")
+    state = model.admit(triptych.Request(**CALL, exact=False))
+    state.position = len(state.route) - 1  # as if it waited to be decoded
+    lane = Lane(model, "test", threads=1)
+    try:
+        assert (lane._kind(Work(state, lambda _: None)) is None) == diffusion
+    finally:
+        lane.close()
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])

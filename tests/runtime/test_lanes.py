@@ -212,15 +212,30 @@ def test_a_request_that_cannot_meet_its_deadline_holds_up_no_others(model: Model
 def test_a_request_goes_first_as_long_as_it_can_just_meet_its_deadline(
     lane: StepLane, seconds_each: float, seconds_left: float, first: bool
 ) -> None:
-    def runner(steps: int, deadline: float | None) -> Any:
-        return SimpleNamespace(
-            turn=SimpleNamespace(left=steps), size=1, joined=now, work=SimpleNamespace(deadline=deadline)
-        )
-
     now = time.monotonic()
     lane._seconds_each = seconds_each
-    urgent = lane._urgency(runner(100, now + seconds_left), now)
-    assert (urgent < lane._urgency(runner(1, None), now)) == first
+    urgent = lane._urgency(runner(100, now, deadline=now + seconds_left), now)
+    assert (urgent < lane._urgency(runner(1, now), now)) == first
+
+
+@pytest.mark.parametrize(
+    ("joined", "served", "first"),
+    [(67.0, 67.0, "short"), (67.0, 66.9, "short"), (67.0, 70.0, "short"), (67.0, 0.0, "long"), (130.0, 67.0, "long")],
+)
+def test_only_waiting_brings_a_request_forward_and_not_what_it_was_served(
+    lane: StepLane, joined: float, served: float, first: str
+) -> None:
+    """A long one with 33 s to go, and a short one of 4 s that has just come."""
+    now = time.monotonic()
+    lane._seconds_each = 1.0
+    queue = {"long": runner(33, now - joined, served=served), "short": runner(4, now)}
+    assert min(queue, key=lambda name: lane._urgency(queue[name], now)) == first
+
+
+def runner(steps: int, joined: float, *, served: float = 0.0, deadline: float | None = None) -> Any:
+    """A request with so many steps left."""
+    work = SimpleNamespace(deadline=deadline, seconds=served)
+    return SimpleNamespace(turn=SimpleNamespace(left=steps), size=1, joined=joined, work=work)
 
 
 def test_a_cancelled_request_stops_before_its_next_step(model: Model, lane: StepLane, forwards: Forwards) -> None:

@@ -204,7 +204,7 @@ def test_it_learns_that_calls_gain_nothing(model: Model) -> None:
 
     bound, meeting = Bound(), Meeting(CPU)
     for _ in range(5):
-        meeting.worth = None
+        meeting.recount()
         meeting.run([Asking(bound, torch.randn(1, 3)) for _ in range(4)], [bound])
     assert meeting.worth == 1
     assert bound.rows[-4:] == [1] * 4
@@ -260,7 +260,7 @@ def test_a_new_kind_of_call_is_tried_with_more_rows_when_there_is_nothing_else_t
     before = len(model.rows)
     rehearse_all(meeting)
     assert max(model.rows[before:]) == 16, "memory has been at its highest"
-    meeting.worth = None
+    meeting.recount()
     meeting.run([Asking(model, torch.randn(1, 3)) for _ in range(16)], [model])
     assert model.rows[-1] == 16, "no request has to be a trial"
     assert meeting.worth == 16
@@ -276,6 +276,44 @@ class Computing(Model):
         return super().forward(input)
 
 
+def test_the_calls_that_take_most_of_the_time_tell_how_many_parts_are_worth_it() -> None:
+    """As with a large and a tiny text encoder: nobody is to wait for the large one because of the tiny one's gain."""
+    long, short, meeting = Computing(), Overhead(), Meeting(CPU)
+
+    def both() -> None:
+        for _ in range(2):
+            Asking(short, torch.randn(1, 3))()
+        Asking(long, torch.randn(1, 3))()
+
+    meeting.run([both, both], [long, short])
+    rehearse_all(meeting)
+    meeting.recount()
+    meeting.run([both, both], [long, short])
+    assert meeting.worth == 1
+    meeting.recount()
+    assert meeting.worth is None
+    meeting.run([Asking(short, torch.randn(1, 3))], [long, short])
+    assert meeting.worth == 16, "by itself it gains"
+    meeting.close()
+
+
+def test_a_call_that_cannot_be_shared_is_worth_no_waiting_where_it_takes_most_of_the_time() -> None:
+    class Scaled(torch.nn.Module):
+        def forward(self, input: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            compute(0.1)
+            return input * scale
+
+    scaled, short, meeting = Scaled(), Overhead(), Meeting(CPU)
+
+    def both() -> None:
+        scaled(short(torch.randn(1, 3)), torch.tensor(2.0))
+
+    guests = meeting.run([both, both], [scaled, short])
+    assert meeting.worth == 1
+    assert all(guest.seconds >= 0.1 for guest in guests)
+    meeting.close()
+
+
 @pytest.mark.parametrize(("longest", "most"), [(LONGEST, 16), (0.05, 4)])
 def test_where_more_rows_gain_nothing_the_most_are_tried_once_so_that_memory_is_at_its_highest(
     monkeypatch: pytest.MonkeyPatch, longest: float, most: int
@@ -285,6 +323,76 @@ def test_where_more_rows_gain_nothing_the_most_are_tried_once_so_that_memory_is_
     meeting.run([Asking(model, torch.randn(1, 3)) for _ in range(2)], [model])
     rehearse_all(meeting)
     assert (max(model.rows), model.rows.count(most)) == (most, 1)
+    meeting.close()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_known_to_take_too_long_is_not_tried_at_all(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(pace, "LONGEST", 0.01)
+    model, meeting = Computing(), Meeting(CPU)
+    meeting.run([Asking(model, torch.randn(rows, 3)) for _ in range(2)], [model])
+    rehearse_all(meeting)
+    assert model.rows == [rows, rows] and meeting.worth == 1
+    meeting.close()
+
+
+def test_a_kind_whose_first_call_only_warmed_up_is_tried_once_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cold(Overhead):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            compute(0.0 if self.rows else 0.1)
+            return super().forward(input)
+
+    monkeypatch.setattr(pace, "LONGEST", 0.05)
+    model, meeting = Cold(), Meeting(CPU)
+    meeting.run([Asking(model, torch.randn(1, 3))], [model])
+    assert not meeting.eager
+    meeting.run([Asking(model, torch.randn(1, 3))], [model])
+    rehearse_all(meeting)
+    assert max(model.rows) == 16
+    meeting.close()
+
+
+class Picky(Computing):
+    """A model that refuses 13 at once, and computes everything else."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return Model.forward(self, input) if (input == 13).any() else super().forward(input)
+
+
+@pytest.mark.parametrize("values", [(13.0, 1.0), (1.0, 13.0)])
+def test_a_call_that_failed_at_once_does_not_pass_for_a_fast_one(
+    monkeypatch: pytest.MonkeyPatch, values: tuple[float, float]
+) -> None:
+    monkeypatch.setattr(pace, "LONGEST", 0.01)
+    model, meeting = Picky(), Meeting(CPU)
+    for _ in range(3):
+        guests = meeting.run([Asking(model, torch.full((1, 3), value)) for value in values], [model])
+        assert [guest.error is None for guest in guests] == [value == 1 for value in values]
+        rehearse_all(meeting)
+    assert max(model.rows) == 1, "neither a trial nor a shared call"
+    meeting.close()
+
+
+def test_a_call_that_failed_is_not_repeated_as_a_trial() -> None:
+    model, meeting = Picky(), Meeting(CPU)
+    meeting.run([Asking(model, torch.full((1, 3), 13.0))], [model])
+    assert not meeting.eager
+    meeting.run([Asking(model, torch.full((1, 3), 1.0))], [model])
+    assert meeting.eager, "what did not fail may be"
+    meeting.close()
+
+
+def test_a_trial_of_one_request_s_rows_that_fails_ends_the_trials() -> None:
+    class Breaking(Overhead):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            if self.rows:
+                raise RuntimeError("it worked once")
+            return super().forward(input)
+
+    model, meeting = Breaking(), Meeting(CPU)
+    meeting.run([Asking(model, torch.randn(1, 3))], [model])
+    assert meeting.eager
+    rehearse_all(meeting)
     meeting.close()
 
 

@@ -47,6 +47,14 @@ def test_nothing_is_made_larger_that_takes_long() -> None:
     assert pace.aim == 1
 
 
+def test_a_call_that_took_too_long_is_not_asked_for_again() -> None:
+    pace = Pace()
+    pace.note(1, LONGEST * 1.1)
+    assert pace.settled and pace.aim == pace.worth == pace.most == 1
+    pace.note(1, LONGEST / 10)
+    assert not pace.settled and pace.worth == 2, "the first one had only warmed up"
+
+
 def test_before_anything_is_known_two_are_worth_a_trial() -> None:
     assert (Pace().aim, Pace().worth) == (1, 2)
     pictures_of_four_outputs = Pace()

@@ -553,6 +553,9 @@ class Decoding(Stage):
 class DiffusionDecoding(Decoding):
     """Undo the latents' normalisation, denoise pixels beside them to frames, and decode the sound."""
 
+    # That decoder draws noise from its request's generator: what takes the time cannot be shared, so requests are not to
+    # wait for each other for the sake of the sound.
+    row_wise = set[str]()
     needs = {**Decoding.needs, "vae": STATISTICS, "diffusion_decoder": Need.FULL}
     reads = Decoding.reads - {"embeds_dtype", "decode_timestep", "decode_noise_scale"}
 

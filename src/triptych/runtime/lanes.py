@@ -242,7 +242,7 @@ class Lane:
         kind, states = self._kind(going[0]), [work.state for work in going]
         errors: Sequence[Exception | None]
         before = [sum(state.timings.values()) for state in states]
-        self._meeting.worth = None
+        self._meeting.recount()
         try:
             with self._exclusively():
                 checks = [work.check for work in going]
@@ -253,9 +253,9 @@ class Lane:
             errors = [error] * len(going)
         for work, earlier in zip(going, before):
             work.seconds = sum(work.state.timings.values()) - earlier
-        if self._meeting.worth is not None:
+        if (worth := self._meeting.worth) is not None:
             longest = max(work.seconds for work in going)
-            self._appetites.setdefault(kind, Appetite()).note(self._meeting.worth, longest)
+            self._appetites.setdefault(kind, Appetite()).note(worth, longest)
         self.batches[len(going)] += 1
         for work, failure in zip(going, errors):
             self._settle(work, failure or work.state)

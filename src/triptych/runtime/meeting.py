@@ -109,20 +109,29 @@ class Meeting:
 
     Args:
         rows: how many a shared call may have; None to learn that.
-
-    Attributes:
-        worth: how many parts it is worth to run together, by the calls made since it was set to None; None without any.
     """
 
     def __init__(self, device: torch.device, rows: int | None = None) -> None:
         self.device = device
-        self.worth: int | None = None
         self._rows = rows
         self._paces: OrderedDict[object, Pace] = OrderedDict()
         self._threads: ThreadPoolExecutor | None = None
         self._places = 0
         self._compiled: dict[int, bool] = {}
+        self._took: dict[object, tuple[float, int]] = {}  # by kinds of calls, their seconds and how many it is worth
         self._new: deque[tuple[Pace, Call, float]] = deque(maxlen=_NEW)  # each with the time until when it may wait
+
+    @property
+    def worth(self) -> int | None:
+        """How many parts it is worth to run together, by those calls since `recount` that took the most time.
+
+        For the sake of the others none is to wait. None without any calls.
+        """
+        return max(self._took.values())[1] if self._took else None
+
+    def recount(self) -> None:
+        """Let `worth` be told by the calls from now on."""
+        self._took.clear()
 
     @property
     def eager(self) -> bool:
@@ -138,20 +147,20 @@ class Meeting:
         """Make one trial call of such a kind, with the rows of one repeated.
 
         So requests need not be the trials. The last is the largest that there may ever be, whether it will be worth it or
-        not: memory is at its highest early on then, not from some busy hour on.
+        not: memory is at its highest early on then, not from some busy hour on. One that fails is the last, too.
         """
         pace, call, _ = self._new[0]
-        each, settled = call.rows or 1, pace.settled
-        copies = max(1, pace.most // each if settled else -(-pace.aim // each))  # rounded up, or it may never get there
+        each, last = call.rows or 1, pace.settled
+        copies = max(1, pace.most // each if last else -(-pace.aim // each))  # rounded up, or it may never get there
+        rows = copies * each
         # A call of more rows than are to be tried tells nothing of those.
-        fits = copies * each <= self._fitting(pace) and (settled or copies * each < 2 * pace.aim)
-        if settled or not fits:
+        fits = rows <= self._fitting(pace) and (last or rows < 2 * pace.aim)
+        if fits and not (last and rows <= max(each, pace.aim)):
+            with torch.no_grad():
+                last |= not self._run_as_one(pace, [call] * copies, rows)
+            call.answer = None
+        if last or not fits:
             self._new.popleft()
-        if not fits or (settled and copies * each <= pace.aim):
-            return
-        with torch.no_grad():
-            self._run(pace, [call] * copies, copies * each)
-        call.answer = None
 
     def forget_trials(self) -> None:
         """Make no trial of the kinds of calls that are known so far."""
@@ -196,11 +205,19 @@ class Meeting:
             groups.setdefault(id(call) if call.rows is None else call.form(), []).append(call)
         for form, group in groups.items():
             if group[0].rows is None:
-                _run_apart(group)
+                self._answer_alone(group[0])
             else:
-                self._answer_group(self._pace(form, group[0]), group)
+                self._answer_group(form, group)
 
-    def _answer_group(self, pace: Pace, group: list[Call]) -> None:
+    def _answer_alone(self, call: Call) -> None:
+        """Make a call that no other can be a row of."""
+        began, _ = self._now()
+        _run_apart([call])
+        call.seconds = self._now()[0] - began
+        self._count(call.target, call.seconds, 1)
+
+    def _answer_group(self, form: object, group: list[Call]) -> None:
+        pace = self._pace(form)
         same: dict[object, list[Call]] = {}
         for call in group:
             same.setdefault(call.content(), []).append(call)
@@ -216,28 +233,27 @@ class Meeting:
         for first, *others in same.values():
             if others:
                 _pass_on(first, others)
-        worth = pace.worth // min(call.rows or 1 for call in group)
-        self.worth = max(1, worth, self.worth or 1)
+        worth = max(1, pace.worth // min(call.rows or 1 for call in group))
+        self._count(form, sum(call.seconds for call in group), worth)
+
+    def _count(self, kind: object, seconds: float, worth: int) -> None:
+        before, _ = self._took.get(kind, (0.0, worth))
+        self._took[kind] = before + seconds, worth
 
     def _run(self, pace: Pace, calls: list[Call], rows: int) -> None:
         """Make calls of one form as one, or each by itself where that fails."""
-        if len(calls) == 1:
-            began = self._begin()
-            _run_apart(calls)
-            self._end(pace, calls, rows, began)
-            return
+        if not self._run_as_one(pace, calls, rows) and len(calls) > 1:
+            for call in calls:
+                self._run_as_one(pace, [call], call.rows or 1)
+
+    def _run_as_one(self, pace: Pace, calls: list[Call], rows: int) -> bool:
+        """Make calls of one form as one, and take note of what it took; returns whether it was made."""
         began = self._begin()
-        try:
-            for call, part in zip(calls, run_joined(calls)):
-                call.answer = functools.partial(own, part)
-        except Exception as error:  # noqa: BLE001 (a request must not fail because of those beside it)
-            # As text: a record of the log may be kept, and the error would keep what the call has computed.
-            log.warning("a shared call failed (%s); its %d run apart", repr(error), len(calls))
+        made = _run_apart(calls) if len(calls) == 1 else _run_joined(calls)
+        if not made and len(calls) > 1:
             pace.limit = max(1, rows // 2)
-        else:
-            self._end(pace, calls, rows, began)
-            return
-        _run_apart(calls)  # not above, where the error still holds what the call has computed
+        self._end(pace, calls, rows, began, made)
+        return made
 
     def _begin(self) -> tuple[float, float]:
         if self.device.type == "cuda":
@@ -252,16 +268,23 @@ class Meeting:
         now = time.perf_counter()
         return now, now
 
-    def _end(self, pace: Pace, calls: list[Call], rows: int, began: tuple[float, float]) -> None:
-        """Take note of what a call took."""
+    def _end(self, pace: Pace, calls: list[Call], rows: int, began: tuple[float, float], made: bool) -> None:
+        """Take note of what a call took; one that failed tells nothing of its kind: it may have ended at once."""
         passed, computed = (now - then for now, then in zip(self._now(), began))
+        for call in calls:
+            call.seconds += passed * (call.rows or 1) / rows
+        if not made:
+            return
         pace.note(rows, computed)
         if self.device.type == "cuda":
             # Other lanes may have taken some of it, which is too much, or begun a call meanwhile, which is too little.
             peak = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
             pace.bytes = max(pace.bytes, peak / rows)
-        for call in calls:
-            call.seconds = passed * (call.rows or 1) / rows
+        if not (pace.tried or pace.settled):  # it is to be learned, and a call is there that can be repeated
+            pace.tried = True
+            # Not in its request's context, which may have been cancelled by then.
+            sample = replace(calls[0], context=Context(), answer=None)
+            self._new.append((pace, sample, time.monotonic() + PATIENCE))
 
     def _fitting(self, pace: Pace) -> int:
         """Return the rows of a call that memory has room for."""
@@ -276,25 +299,35 @@ class Meeting:
             self._compiled[id(module)] = is_compiled(module)
         return self._compiled[id(module)]
 
-    def _pace(self, form: object, sample: Call) -> Pace:
-        if form not in self._paces:
-            self._paces[form] = Pace(self._rows)
-            if self._rows is None:  # not in its request's context, which may have been cancelled by then
-                sample = replace(sample, context=Context())
-                self._new.append((self._paces[form], sample, time.monotonic() + PATIENCE))
-        pace = self._paces[form]
+    def _pace(self, form: object) -> Pace:
+        pace = self._paces.setdefault(form, Pace(self._rows))
         self._paces.move_to_end(form)
         if len(self._paces) > KINDS:
             self._paces.popitem(last=False)
         return pace
 
 
-def _run_apart(calls: Sequence[Call]) -> None:
+def _run_apart(calls: Sequence[Call]) -> bool:
+    """Make each call by itself; returns whether none failed."""
+    made = True
     for call in calls:
         try:
             call.answer = functools.partial(_give, call.run())
         except Exception as error:  # noqa: BLE001 (raised where the call was made)
-            call.answer = functools.partial(_fail, error)
+            call.answer, made = functools.partial(_fail, error), False
+    return made
+
+
+def _run_joined(calls: Sequence[Call]) -> bool:
+    """Make calls of one form as rows of one; returns whether it did not fail, and what it has computed is gone if so."""
+    try:
+        for call, part in zip(calls, run_joined(calls)):
+            call.answer = functools.partial(own, part)
+    except Exception as error:  # noqa: BLE001 (a request must not fail because of those beside it)
+        # As text: a record of the log may be kept, and the error would keep what the call has computed.
+        log.warning("a shared call of %d failed (%s); so many run apart for now", len(calls), repr(error))
+        return False
+    return True
 
 
 def _pass_on(first: Call, others: Sequence[Call]) -> None:

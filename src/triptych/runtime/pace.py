@@ -28,11 +28,13 @@ class Pace:
         fixed: the rows to aim for, where that is not to be learned.
         limit: rows that are not exceeded, because more failed.
         bytes: memory that a row takes while it is computed, where that is known.
+        tried: whether its trials wait to be made, or are over.
     """
 
     fixed: int | None = None
     limit: int = MOST_ROWS
     bytes: float = 0.0
+    tried: bool = False
     clock: Callable[[], float] = time.monotonic
     _seconds: dict[int, deque[float]] = field(default_factory=dict)  # a row's, by rows rounded down to a power of two
     _since: float = field(default=0.0, init=False)  # what is known has not been doubted
@@ -81,14 +83,16 @@ class Pace:
             return self.fixed, True
         level = min(self._seconds, default=1)
         while True:
-            if len(self._seconds.get(level, ())) < TRIALS:
+            known, larger = self._seconds.get(level, ()), self._seconds.get(2 * level, ())
+            if known and min(known) * level > LONGEST:  # before all else: what takes so long is not repeated as a trial
+                return level, True
+            if len(known) < TRIALS:
                 return level, False
-            larger = self._seconds.get(2 * level, ())
-            if 2 * level > self.limit or min(self._seconds[level]) * level > LONGEST:
+            if 2 * level > self.limit:
                 return level, True
             if len(larger) < TRIALS:
                 return 2 * level, False
-            if min(larger) * GAIN > min(self._seconds[level]):
+            if min(larger) * GAIN > min(known):
                 return level, True
             level *= 2
 

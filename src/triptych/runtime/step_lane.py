@@ -184,7 +184,8 @@ class StepLane(Lane):
         deadline = runner.work.deadline
         # One that cannot be in time any more would only keep others from being so.
         late = deadline is not None and now + left <= deadline < now + left * 1.2
-        return -1e9 + left if late else left - AGEING * (now - runner.joined)
+        waited = max(0.0, now - runner.joined - runner.work.seconds)  # without the time in which it was served itself
+        return -1e9 + left if late else left - AGEING * waited
 
     def _choose(self) -> list[_Runner]:
         """Return the requests of the next forward, the most urgent first."""
