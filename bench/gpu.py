@@ -175,6 +175,7 @@ def timed(make: Callable[[], Any], asked: argparse.Namespace) -> dict[str, Any]:
     on_gpu = asked.device.startswith("cuda")
     thing = make()  # warms up
     if on_gpu:
+        torch.cuda.synchronize(asked.device)
         torch.cuda.reset_peak_memory_stats(asked.device)
     seconds = []
     for _ in range(asked.repeats):

@@ -6,12 +6,8 @@ from typing import Any
 
 import pytest
 
-import ray  # isort: skip
-from ray.exceptions import GetTimeoutError
-
 from triptych.engine.base import Engine
 from triptych.engine.local import LanesReplica, LocalEngine
-from triptych.engine.ray import RayEngine
 from triptych.engine.replica import Handover
 from triptych.engine.router import Router
 from triptych.errors import OverloadedError
@@ -93,23 +89,3 @@ def test_the_decoders_of_this_process_are_waited_for_together_no_longer_than_one
     began = time.monotonic()
     assert engine.find_projection(TIME, wait=False) is None
     assert time.monotonic() - began < TIME
-
-
-@pytest.mark.parametrize("hung", [False, True])
-def test_the_decoders_on_ray_are_waited_for_together_no_longer_than_one(
-    hung: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def get(takes: float, *, timeout: float) -> None:
-        time.sleep(min(takes, timeout))
-        if takes > timeout:
-            raise GetTimeoutError("some objects are not ready")
-
-    def decoder() -> Any:
-        asked = SimpleNamespace(remote=lambda timeout: 60.0 if hung else timeout)
-        return SimpleNamespace(roles={RoleType.DECODER}, state="ready", actor=SimpleNamespace(projection=asked))
-
-    monkeypatch.setattr(ray, "get", get)
-    engine: Any = SimpleNamespace(replicas=[decoder() for _ in range(3)])
-    began = time.monotonic()
-    assert RayEngine.find_projection(engine, TIME) is None
-    assert TIME <= time.monotonic() - began < 2 * TIME

@@ -621,14 +621,16 @@ def test_a_router_that_leaves_while_the_register_is_silent_ends_the_replicas_if_
     (mine,) = keeper.replicas.values()
     with silent(keeper._register, monkeypatch):
         keeper.leave()
+        time.sleep(SILENT + 1)
     assert mine.state == ("closed" if alone else "starting")
+    left = ray.get(keeper._register.members.remote())
+    assert left.keys() == (set() if alone else {mine.name}), "what it hears late is the same"
 
 
-def test_pools_do_not_outlive_their_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_register, "SILENT", 0.1)
+def test_pools_do_not_outlive_their_service() -> None:
     register = register_of(0)
     assert told(register)["pools"].keys() == {"denoiser"}
-    time.sleep(0.2)
+    register._now += int(SILENT)
     register.enter("another", {"fingerprint": "two"})
     known = register.pulse("another", {})
     assert known is not None and known["pools"] == {}
@@ -753,3 +755,32 @@ def test_an_engine_goes_on_as_long_as_every_role_has_a_replica_that_may_serve() 
     ready.failure = OSError("no card")
     with pytest.raises(ModelError, match="no disk"):
         engine.check_replicas()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_decoders_are_asked_at_once_for_what_previews_are_made_with(cluster: None, known: bool) -> None:
+    class Decoder:
+        def __init__(self, takes: float) -> None:
+            self._takes = takes
+
+        def projection(self, timeout: float) -> Any:
+            time.sleep(self._takes)
+            return np.ones((4, 3), np.float32)
+
+    actors = [ray.remote(num_cpus=0)(Decoder).remote(takes) for takes in (60, 0, 0 if known else 60)]
+    for each in actors[1:]:
+        ray.get(each.__ray_ready__.remote())
+    ray.kill(actors[1])
+    engine = object.__new__(RayEngine)
+    decoders = {
+        str(number): RayReplica(str(number), "decoder", each, None, lambda *_: None)
+        for number, each in enumerate(actors)
+    }
+    for each in decoders.values():
+        each.state = "ready"
+    engine._keeper = SimpleNamespace(replicas=decoders)  # type: ignore[assignment]
+    began = time.monotonic()
+    assert (engine.find_projection(3.0) is not None) is known
+    assert time.monotonic() - began < 4.5
+    for each in (actors[0], actors[2]):
+        ray.kill(each)

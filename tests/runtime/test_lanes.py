@@ -234,8 +234,16 @@ def test_only_waiting_brings_a_request_forward_and_not_what_it_was_served(
 
 def runner(steps: int, joined: float, *, served: float = 0.0, deadline: float | None = None) -> Any:
     """A request with so many steps left."""
-    work = SimpleNamespace(deadline=deadline, seconds=served)
-    return SimpleNamespace(turn=SimpleNamespace(left=steps), size=1, joined=joined, work=work)
+    work = SimpleNamespace(deadline=deadline, seconds=0.0)
+    return SimpleNamespace(turn=SimpleNamespace(left=steps), size=1, joined=joined, served=served, work=work)
+
+
+def test_a_forward_that_two_share_serves_both_for_as_long_as_it_takes(lane: StepLane) -> None:
+    both = [runner(10, 0.0), runner(10, 0.0)]
+    lane._timed.append((SimpleNamespace(seconds=3.0), [(both[0], 1), (both[1], 2)]))  # type: ignore[arg-type]
+    lane._account()
+    assert [each.served for each in both] == [3.0, 3.0]
+    assert [each.work.seconds for each in both] == [1.0, 2.0]
 
 
 def test_a_cancelled_request_stops_before_its_next_step(model: Model, lane: StepLane, forwards: Forwards) -> None:

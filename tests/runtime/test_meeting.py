@@ -297,6 +297,26 @@ def test_the_calls_that_take_most_of_the_time_tell_how_many_parts_are_worth_it()
     meeting.close()
 
 
+def test_a_kind_of_call_does_not_weigh_the_more_the_more_parts_meet_in_it() -> None:
+    class Large(Overhead):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            compute(0.05)
+            return super().forward(input)
+
+    gains, short, meeting = Large(), Computing(), Meeting(CPU)
+
+    def both() -> None:
+        Asking(gains, torch.randn(1, 3))()
+        Asking(short, torch.randn(1, 3))()
+
+    meeting.run([both, both], [gains, short])
+    rehearse_all(meeting)
+    meeting.recount()
+    meeting.run([both] * 6, [gains, short])
+    assert meeting.worth == 16, "each waits for its own short call only"
+    meeting.close()
+
+
 def test_a_call_that_cannot_be_shared_is_worth_no_waiting_where_it_takes_most_of_the_time() -> None:
     class Scaled(torch.nn.Module):
         def forward(self, input: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,7 @@ def test_every_lane_has_a_stream_of_its_own(tiny_repo: Callable[..., Path]) -> N
     with LocalEngine(tiny_repo("flux2_klein"), encoder="cuda", denoiser="cuda", decoder="cuda") as engine:
         (replica,) = engine.router.replicas
         assert isinstance(replica, LanesReplica)
-        handles = {lane._stream.cuda_stream for lane in replica.lanes.values() if lane._stream is not None}
+        handles = {lane.stream.cuda_stream for lane in replica.lanes.values() if lane.stream is not None}
         assert len(handles) == 3
         assert torch.cuda.default_stream().cuda_stream not in handles
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -168,7 +169,9 @@ def _offload(module: Any, _: str, device: torch.device | None) -> None:
     if is_hollow(module):
         return
     dtype: torch.dtype = module.dtype
-    with unused_aside(module):
+    # diffusers makes its stream on the thread's own card, wherever the weights are to go.
+    card = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with unused_aside(module), card:
         apply_group_offloading(
             module,
             onload_device=device,

@@ -54,7 +54,7 @@ class Job:
         beside: how often it was at a replica that was lost while others were known to compute there.
         error: why it failed.
         previews: how many previews are to be made on the way, and with what; None for none.
-        shown: the step of the last one of this segment.
+        shown: how many of them this segment has shown, in whatever attempt.
     """
 
     id: str = field(default_factory=lambda: f"req_{secrets.token_hex(12)}")

@@ -179,12 +179,16 @@ class RayEngine(Engine):
     def find_projection(self, timeout: float, *, wait: bool = True) -> Projection | None:
         until = time.monotonic() + timeout
         decoders = [each for each in self.replicas if RoleType.DECODER in each.roles and each.state == "ready"]
-        for replica in decoders:
-            left = max(0.0, until - time.monotonic())
-            try:
-                weight = ray.get(replica.actor.projection.remote(left if wait else 0.0), timeout=left)
-            except TimeoutError:  # Ray's own is one, too
+        asked = [each.actor.projection.remote(timeout if wait else 0.0) for each in decoders]
+        while asked:
+            told, asked = ray.wait(asked, timeout=max(0.0, until - time.monotonic()))
+            if not told:
                 return None
+            try:
+                weight = ray.get(told[0])
+            except RayError as error:
+                log.info("a decoder could not tell what previews are made with: %s", error)
+                continue
             if weight is not None:
                 return Projection(torch.tensor(weight))
         return None

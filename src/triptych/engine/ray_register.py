@@ -40,9 +40,10 @@ class Register:
         self._epoch = secrets.token_hex(4)  # another one after Ray had to start this actor anew
         self._members: dict[str, dict[str, Any]] = {}
         self._pools: dict[str, dict[str, Any]] = {}
-        self._routers: dict[str, float] = {}
+        self._routers: dict[str, int] = {}  # each with when it was last heard
         self._work: dict[str, dict[str, tuple[int, float]]] = {}  # what each router last told of it
-        self._silent = 0  # seconds without a word from any router
+        # Seconds that this process has run, not those that have passed: while it is stopped it could hear nobody.
+        self._now = self._heard = 0
         self._orphaned = orphaned
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -137,11 +138,10 @@ class Register:
         return self._members
 
     def _hear(self, router: str) -> None:
-        self._silent, self._routers[router] = 0, time.monotonic()  # one that is known keeps its place
+        self._heard = self._routers[router] = self._now  # one that is known keeps its place
 
     def _alive(self) -> list[str]:
-        now = time.monotonic()
-        self._routers = {name: heard for name, heard in self._routers.items() if now - heard < SILENT}
+        self._routers = {name: heard for name, heard in self._routers.items() if self._now - heard < SILENT}
         return list(self._routers)
 
     def _work_for(self, pool: str) -> tuple[int, float]:
@@ -161,8 +161,8 @@ class Register:
         """End the replicas that no router is left for."""
         while True:
             time.sleep(1)
-            self._silent += 1  # not by the clock: a process that was stopped meanwhile could hear nobody
-            if self._members and self._silent > self._orphaned:
+            self._now += 1
+            if self._members and self._now - self._heard > self._orphaned:
                 self._end()
 
 

@@ -146,7 +146,13 @@ class RayReplica(Replica):
         """Take note of the sign of life that was asked for then, or of Ray's error in its place."""
         if asked != self.asked:
             return  # an answer of the process that has died since, or of its death
-        self.asked = None
+        try:
+            self._hear(router, future)
+        finally:  # only now: what is asked next says how many previews have come
+            if self.asked == asked:
+                self.asked = None
+
+    def _hear(self, router: Router, future: Future[Any]) -> None:
         error = future.exception()
         if error is not None:
             self._hear_error(router, error)

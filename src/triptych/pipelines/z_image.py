@@ -120,8 +120,8 @@ class ZImageDenoising(Denoising):
     def scale(self, state: View, i: int) -> float:
         """Return the guidance scale of step i: 0 where there is none, and beyond the truncation."""
         scale: float = max(state.guidance_scale, 0.0)
-        # As in the oracle, a truncation above 1 is none: no step lies there. To read a timestep is to wait for the device.
-        if not scale or float(state.cfg_truncation) > 1:
+        # As in the oracle, a truncation of 1 or more is none: no step lies beyond. To read a timestep is to wait for the device.
+        if not scale or float(state.cfg_truncation) >= 1:
             return scale
         travelled = ((1000 - state.timesteps[i].float()) / 1000).item()
         return 0.0 if travelled > state.cfg_truncation else scale

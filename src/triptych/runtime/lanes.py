@@ -88,6 +88,7 @@ class Lane:
         exclusive: held while a segment runs: lanes that use the same autoencoder share a lock, because it keeps the
             features of a call on itself.
         batches: how often how many segments were run together.
+        stream: on which it computes on a GPU; None elsewhere, and where a crew of others drives it.
     """
 
     def __init__(
@@ -114,7 +115,8 @@ class Lane:
         self._meeting = None if rows == 0 else Meeting(model.device, rows)
         self._appetites: dict[object, Appetite] = {}
         self._own_crew = crew is None
-        self._crew = crew or Crew(1, name, partial(prepare, threads, streams.open_stream(model.device)))
+        self.stream = None if crew else streams.open_stream(model.device)
+        self._crew = crew or Crew(1, name, partial(prepare, threads, self.stream))
 
     @property
     def appetite(self) -> int:

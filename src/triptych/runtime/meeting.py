@@ -221,8 +221,9 @@ class Meeting:
         same: dict[object, list[Call]] = {}
         for call in group:
             same.setdefault(call.content(), []).append(call)
-        waiting = [calls[0] for calls in same.values()]
+        waiting, chunks = [calls[0] for calls in same.values()], 0
         while waiting:
+            chunks += 1
             aim = min(pace.aim, self._fitting(pace))
             chunk = [waiting.pop(0)]
             rows = chunk[0].rows or 1
@@ -233,8 +234,9 @@ class Meeting:
         for first, *others in same.values():
             if others:
                 _pass_on(first, others)
-        worth = max(1, pace.worth // min(call.rows or 1 for call in group))
-        self._count(form, sum(call.seconds for call in group), worth)
+        worth = max(1, min(pace.worth, self._fitting(pace)) // min(call.rows or 1 for call in group))
+        # As long as one request waits for its own: else a kind would weigh the more, the more requests met in it.
+        self._count(form, sum(call.seconds for call in group) / chunks, worth)
 
     def _count(self, kind: object, seconds: float, worth: int) -> None:
         before, _ = self._took.get(kind, (0.0, worth))

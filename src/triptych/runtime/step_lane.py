@@ -35,6 +35,7 @@ class _Runner:
     segment: Segment
     turn: Turn = field(init=False)
     joined: float = field(default_factory=time.monotonic)
+    served: float = 0.0  # seconds of the forwards that it was part of
 
     def __post_init__(self) -> None:
         self._take(next(self.segment))
@@ -82,7 +83,7 @@ class StepLane(Lane):
         self.forwards: Counter[int] = Counter()
         self._active: list[_Runner] = []
         self._seconds_each = 0.0  # predicted seconds of one element of a forward
-        self._timed: deque[tuple[streams.Stopwatch, list[tuple[Work, int]]]] = deque()
+        self._timed: deque[tuple[streams.Stopwatch, list[tuple[_Runner, int]]]] = deque()
         self._sample: tuple[Denoising, Forward] | None = None
         self._known: int | None = None  # the budget that an earlier start has measured
         self._patient_until = 0.0
@@ -184,7 +185,7 @@ class StepLane(Lane):
         deadline = runner.work.deadline
         # One that cannot be in time any more would only keep others from being so.
         late = deadline is not None and now + left <= deadline < now + left * 1.2
-        waited = max(0.0, now - runner.joined - runner.work.seconds)  # without the time in which it was served itself
+        waited = max(0.0, now - runner.joined - runner.served)
         return -1e9 + left if late else left - AGEING * waited
 
     def _choose(self) -> list[_Runner]:
@@ -209,7 +210,7 @@ class StepLane(Lane):
         try:
             predictions = self._predict(chosen)
             watch.stop()
-            self._timed.append((watch, [(runner.work, runner.size) for runner in chosen]))
+            self._timed.append((watch, [(runner, runner.size) for runner in chosen]))
             self._account()
         except Exception as error:  # noqa: BLE001 (a request must not fail because of those beside it)
             full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
@@ -236,8 +237,9 @@ class StepLane(Lane):
             _, shares = self._timed.popleft()
             size = sum(share for _, share in shares)
             self._seconds_each += (seconds / size - self._seconds_each) * (0.2 if self._seconds_each else 1.0)
-            for work, share in shares:
-                work.seconds += seconds * share / size
+            for runner, share in shares:
+                runner.served += seconds
+                runner.work.seconds += seconds * share / size
 
     def _predict(self, chosen: list[_Runner]) -> list[list[torch.Tensor]]:
         turn = chosen[0].turn
