@@ -197,9 +197,9 @@ class Router:
             if replica is None and ticket.alone:
                 able = [each for each in self.replicas if ticket.role in each.roles and not each.draining]
                 if able and kept.isdisjoint(able):
-                    replica = min(able, key=lambda each: (each.backlog, each.name))
-                    kept.add(replica)
-                    replica = replica if self._free(replica) else None
+                    best = min(able, key=lambda each: (each.backlog, each.name))
+                    kept.add(best)
+                    replica = best if self._free(best) else None
                 if replica is None:
                     continue
             if replica is None:
