@@ -609,6 +609,29 @@ def test_replicas_are_looked_after_while_the_register_is_silent(
     assert other.asked is not None
 
 
+def test_a_register_that_is_slower_than_a_pulse_is_heard_all_the_same(
+    enter: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(Register):
+        def pulse(self, *told: Any) -> Any:
+            time.sleep(1.5)
+            return super().pulse(*told)
+
+    keeper = enter()
+    monkeypatch.setattr(ray_pools, "_BRIEF", 0.6)
+    slow = ray.remote(num_cpus=0)(Slow).remote()
+    ray.get(slow.enter.remote(keeper._name, IDENTITY))
+    ray.get(slow.add.remote("joined", "denoiser", joined=True))
+    monkeypatch.setattr(keeper, "_register", slow)
+    for _ in range(2):
+        with pytest.raises(GetTimeoutError):
+            keeper.pulse()
+    keeper.pulse()
+    assert keeper._members.keys() == {"joined"}
+    monkeypatch.undo()
+    ray.kill(slow)
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_router_that_leaves_while_the_register_is_silent_ends_the_replicas_if_it_is_the_only_one(
     enter: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch, alone: bool

@@ -53,6 +53,7 @@ class PoolKeeper:
         self._router, self._identity, self._reply, self._later = router, identity, reply, later
         self._members: dict[str, dict[str, Any]] = {}
         self._epoch: str | None = None
+        self._asked: Any = None  # a pulse that the register has not answered yet
         self._alone = True  # whether no other router was alive when the register last told
         self._work: dict[str, tuple[int, float]] = {}  # requests and seconds of all routers together, by pool
         self._failures: Counter[str] = Counter()  # replicas in a row that could not start, by pool
@@ -137,11 +138,18 @@ class PoolKeeper:
             requests = {ticket.job for ticket in waiting}.union(ticket.job for each in mine for ticket in each.tickets)
             seconds = sum(ticket.predicted for ticket in waiting) + sum(each.backlog for each in mine)
             work[pool] = len(requests), seconds
-        while (told := ray.get(self._register.pulse.remote(self._name, work), timeout=_BRIEF)) is None:
+        while (told := self._answer(work)) is None:
             log.warning("the register does not know this router any more: it enters again")
-            enter(self._register, self._name, self._identity, timeout=_BRIEF)
-        known: dict[str, Any] = told
-        return known
+            enter(self._register, self._name, self._identity, timeout=_PATIENCE)
+        return told
+
+    def _answer(self, work: dict[str, tuple[int, float]]) -> dict[str, Any] | None:
+        self._asked = self._asked or self._register.pulse.remote(self._name, work)
+        if not ray.wait([self._asked], timeout=_BRIEF)[0]:
+            raise GetTimeoutError("the register is silent")  # what it says late is heard at the next pulse
+        asked, self._asked = self._asked, None
+        told: dict[str, Any] | None = ray.get(asked)
+        return told
 
     def _meet(self) -> None:
         """Take note of replicas that have been added to the service, or removed from it."""
