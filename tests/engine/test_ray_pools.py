@@ -756,6 +756,16 @@ def test_a_ticket_that_cannot_be_asked_for_is_no_fault_of_its_replica(cluster: N
     assert ticket.asked
 
 
+def test_a_replica_is_told_how_many_previews_of_each_ticket_have_come(cluster: None) -> None:
+    process = Process()
+    mine = RayReplica("one", "denoiser", process, None, lambda *_: None)
+    ticket = given(mine)
+    ticket.asked, ticket.previews = True, 2
+    mine.ask()
+    ((what, (wanted, _)),) = process.asked
+    assert (what, wanted) == ("beat", {ticket.name: 2})
+
+
 def test_an_answer_that_is_to_be_fetched_is_asked_for_with_the_state_it_came_from(cluster: None) -> None:
     made = Router(lambda handover: handover.payload)
     hearing = Hearing(made)
