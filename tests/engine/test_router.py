@@ -570,11 +570,17 @@ def test_the_one_that_was_given_first_is_blamed_and_not_one_that_had_its_place_a
     assert (ahead.lost, late.lost) == ([], ["decoder: killed"])
 
 
+def previewed(job: Job) -> list[int]:
+    """The steps of the previews that are told of a job, as they come."""
+    steps: list[int] = []
+    job.listen(lambda event: steps.append(event.details["step"]) if event.kind == "preview" else None)
+    return steps
+
+
 def test_a_retry_shows_no_preview_again() -> None:
     made, encoder, denoiser, _ = passing()
     job = submit_ahead(made)
-    shown: list[int] = []
-    job.listen(lambda event: shown.append(event.details["step"]) if event.kind == "preview" else None)
+    shown = previewed(job)
     hand_over(encoder.tickets[0], 1)
     denoiser.tickets[0].show(10, 20, b"png")
     made.remove(denoiser, "killed")
@@ -588,8 +594,7 @@ def test_a_retry_shows_no_preview_again() -> None:
 def test_the_previews_of_a_second_loop_are_shown_from_its_first_on() -> None:
     denoiser = Passing("denoiser", D)
     made, job = router(denoiser), Job()
-    shown: list[int] = []
-    job.listen(lambda event: shown.append(event.details["step"]) if event.kind == "preview" else None)
+    shown = previewed(job)
     made.submit(job, Handover(D, 0), {"num_inference_steps": 1, "height": 8, "width": 8, "prompt": "fox"})
     for step, left in ((8, D), (1, None)):
         (ticket,) = denoiser.tickets
@@ -620,8 +625,7 @@ def test_cancelling_takes_back_what_was_given_ahead() -> None:
 def test_a_damaged_hand_over_shows_no_preview_again() -> None:
     made, encoder, denoiser, decoder = passing()
     job = submit_ahead(made)
-    shown: list[int] = []
-    job.listen(lambda event: shown.append(event.details["step"]) if event.kind == "preview" else None)
+    shown = previewed(job)
     hand_over(encoder.tickets[0], 1)
     denoiser.tickets[0].show(10, 20, b"png")
     hand_over(denoiser.tickets[0], 2)

@@ -98,6 +98,13 @@ def test_only_the_part_whose_call_is_at_fault_fails(
     assert "run apart" in caplog.text
 
 
+def test_calls_of_the_same_content_fail_each_by_itself(model: Model, meeting: Meeting) -> None:
+    one, other = meeting.run([Asking(model, torch.full((1, 3), 13)) for _ in range(2)], [model])
+    assert isinstance(one.error, ValueError) and isinstance(other.error, ValueError)
+    assert one.error is not other.error
+    assert model.rows == [1, 1]
+
+
 def test_a_part_that_fails_by_itself_fails_alone(model: Model, meeting: Meeting) -> None:
     def failing() -> None:
         model(torch.zeros(1, 3))

@@ -212,7 +212,7 @@ class Meeting:
     def _answer_alone(self, call: Call) -> None:
         """Make a call that no other can be a row of."""
         began, _ = self._now()
-        _run_apart([call])
+        _run_alone(call)
         call.seconds = self._now()[0] - began
         self._count(call.target, call.seconds, 1)
 
@@ -251,7 +251,7 @@ class Meeting:
     def _run_as_one(self, pace: Pace, calls: list[Call], rows: int) -> bool:
         """Make calls of one form as one, and take note of what it took; returns whether it was made."""
         began = self._begin()
-        made = _run_apart(calls) if len(calls) == 1 else _run_joined(calls)
+        made = _run_alone(calls[0]) if len(calls) == 1 else _run_joined(calls)
         if not made and len(calls) > 1:
             pace.limit = max(1, rows // 2)
         self._end(pace, calls, rows, began, made)
@@ -309,15 +309,14 @@ class Meeting:
         return pace
 
 
-def _run_apart(calls: Sequence[Call]) -> bool:
-    """Make each call by itself; returns whether none failed."""
-    made = True
-    for call in calls:
-        try:
-            call.answer = functools.partial(_give, call.run())
-        except Exception as error:  # noqa: BLE001 (raised where the call was made)
-            call.answer, made = functools.partial(_fail, error), False
-    return made
+def _run_alone(call: Call) -> bool:
+    """Make a call by itself; returns whether it did not fail."""
+    try:
+        call.answer = functools.partial(_give, call.run())
+    except Exception as error:  # noqa: BLE001 (raised where the call was made)
+        call.answer = functools.partial(_fail, error)
+        return False
+    return True
 
 
 def _run_joined(calls: Sequence[Call]) -> bool:
@@ -339,7 +338,8 @@ def _pass_on(first: Call, others: Sequence[Call]) -> None:
         value = first.answer()
         own(value)
     except Exception:  # noqa: BLE001 (it cannot be copied, or the call failed: then each fails by itself)
-        _run_apart(others)
+        for each in others:
+            _run_alone(each)
         return
     first.seconds /= 1 + len(others)
     for call in (first, *others):
