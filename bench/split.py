@@ -13,13 +13,15 @@ process comes to lie makes some percent of its speed, for as long as it lives; s
 and the median of the launches' p50s counts. The bounds beside it, within which it lies with 95 % confidence, are of the
 differences within a turn, all of them. Whole and `LocalEngine` run the very same weights, and the whole has the memory
 that the engine keeps: by itself it would fetch it from the system for every picture. What a request takes beyond its
-stages' own seconds is given too.
+stages' own seconds is given too. And how much of it is the machine's price for three processes: three bare ones, a role
+each, take turns with the others, that pass states on through pipes, without an engine, and without its care for any loss.
 
 Pipelining: 16 clients that each ask again as soon as they have their picture, requests kept apart. Against the bound
 min(1 / busiest role's seconds, cores / sum of all roles' seconds), of seconds measured one request at a time just before
 and just after, since a machine that others use too changes its speed within a minute. The median of the rounds counts.
 Limits: 0.95 of the bound in `LocalEngine`, 0.90 over Ray. The bound takes cores for independent, which two that share
-caches and memory are not; so the same is measured of as many whole models as there are cores, each in a process of its own.
+caches and memory are not; so the same is measured of as many whole models as there are cores, each in a process of its own
+(`wholes`), and each in a bare thread of this one (`threads`), where they share Python's lock, too, as lanes do.
 
 One thread in every process and lane, the whole included. Writes bench/results/split.json; exits 1 where a limit is not
 met.
@@ -36,8 +38,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import median
 from typing import Any
 
@@ -48,16 +52,20 @@ import torch
 import triptych
 from triptych import embedded
 from triptych.bench.load import closed_loop
-from triptych.engine.base import Engine
 from triptych.engine.local import LanesReplica, LocalEngine
 from triptych.engine.ray import RayEngine
 from triptych.request import Request
+from triptych.result import Result
 from triptych.roles import WORKERS, RoleType
+from triptych.runtime import memory
+from triptych.state import State
 
 RESULTS = Path(__file__).parent / "results" / "split.json"
 CLIENTS = 16
-SPLIT = "local", "ray"
+SPLIT = "local", "ray", "pipes"
 WAYS = "whole", *SPLIT
+
+Generate = Callable[..., Result]
 
 
 def main() -> int:
@@ -76,13 +84,13 @@ def main() -> int:
     parameters |= {name: json.loads(value) for name, _, value in (each.partition("=") for each in asked.param)}
     cores = len(os.sched_getaffinity(0))
 
-    def measure_pipelined(**engines: Engine) -> dict[str, list[dict[str, Any]]]:
-        """Return what each engine reached in each round, and what it was to reach."""
-        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
+    def measure_pipelined(**ways: Generate) -> dict[str, list[dict[str, Any]]]:
+        """Return what each way reached in each round, and what it was to reach."""
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
         before = role_seconds(roles, parameters)
         for _ in range(asked.rounds):
-            for name, engine in engines.items():
-                rate = throughput(engine, parameters, asked.requests)
+            for name, generate in ways.items():
+                rate = throughput(generate, parameters, asked.requests)
                 after = role_seconds(roles, parameters)
                 seconds = {role: (before[role] + after[role]) / 2 for role in after}
                 bound = min(1 / max(seconds.values()), cores / sum(seconds.values()))
@@ -106,10 +114,10 @@ def main() -> int:
         ]
     roles = {role: triptych.load(asked.model, role=role, device="cpu", dtype="float32") for role in WORKERS}
     with both_engines(asked.model) as (local, ray):
-        pipelined = measure_pipelined(local=local, ray=ray)
+        pipelined = measure_pipelined(local=local.generate, ray=ray.generate)
     with RayEngine(asked.model, pools=f"monolithic={cores}", dtype="float32", threads=1, batching=False,
                    prompt_cache=0) as wholes:  # fmt: skip
-        pipelined |= measure_pipelined(wholes=wholes)
+        pipelined |= measure_pipelined(wholes=wholes.generate, threads=in_threads(asked.model, cores))
     shares = {name: median(each["share of the bound"] for each in rounds) for name, rounds in pipelined.items()}
     serial, beyond = (
         {name: median(median(launch[kind][name]) for launch in launches) * 1e3 for name in WAYS}
@@ -141,7 +149,8 @@ def main() -> int:
         "over one at a time": {
             name: median(each["over one at a time"] for each in rounds) for name, rounds in pipelined.items()
         },
-        "over as many wholes": {name: shares[name] / shares["wholes"] for name in SPLIT},
+        "over as many wholes": {name: shares[name] / shares["wholes"] for name in ("local", "ray")},
+        "over as many threads": {"local": shares["local"] / shares["threads"]},
     }
     figures["checks"] = {
         "local serial <= whole + 1 ms": figures["over the whole, ms"]["local"] <= 1,
@@ -172,16 +181,17 @@ def measure_serial(model: str, parameters: dict[str, Any], repeats: int) -> dict
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     beyond: dict[str, list[float]] = {name: [] for name in WAYS}
     pictures = {}
-    with both_engines(model) as (local, ray):
+    with both_engines(model) as (local, ray), piped(model, local) as pipes:
         (replica,) = local.router.replicas
         assert isinstance(replica, LanesReplica)
-        ways: dict[str, Callable[..., Any]] = {
+        ways: dict[str, Generate] = {
             "whole": replica.model.generate,
             "local": local.generate,
             "ray": ray.generate,
+            "pipes": pipes,
         }
         for k in range(repeats + 1):
-            for name in (*WAYS[k % 3 :], *WAYS[: k % 3]):
+            for name in (*WAYS[k % len(WAYS) :], *WAYS[: k % len(WAYS)]):
                 began = time.perf_counter()
                 result = ways[name](**parameters)
                 took = time.perf_counter() - began
@@ -192,6 +202,51 @@ def measure_serial(model: str, parameters: dict[str, Any], repeats: int) -> dict
     for name in SPLIT:
         assert torch.equal(pictures[name], pictures["whole"]), f"{name} made another picture"
     return {"seconds": seconds, "beyond": beyond}
+
+
+@contextmanager
+def piped(model: str, front: LocalEngine) -> Iterator[Generate]:
+    """Open a process for each role, joined by nothing but pipes; `front` checks their requests."""
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe(duplex=False) for _ in range(len(WORKERS) + 1)]
+    for role, (states, _), (_, after) in zip(WORKERS, pipes, pipes[1:]):
+        context.Process(target=run_role, args=(model, role, states, after), daemon=True).start()
+        states.close()
+        after.close()
+    first, last = pipes[0][1], pipes[-1][0]
+
+    def generate(**parameters: Any) -> Result:
+        first.send_bytes(front.front.admit(Request(**parameters)).to_bytes())
+        return State.from_bytes(last.recv_bytes()).result
+
+    with first, last:
+        yield generate
+
+
+def run_role(model: str, role: RoleType, states: Connection, after: Connection) -> None:
+    """Run a role's segment of one state after another, until no more can come."""
+    torch.set_num_threads(1)
+    memory.keep()
+    loaded = triptych.load(model, role=role, device="cpu", dtype="float32")
+    with suppress(EOFError):
+        while True:
+            after.send_bytes(loaded.run(State.from_bytes(states.recv_bytes())).to_bytes())
+
+
+def in_threads(model: str, count: int) -> Generate:
+    """Return what has a request done by one of so many whole models, in the thread that asks."""
+    free: SimpleQueue[triptych.Model] = SimpleQueue()
+    for _ in range(count):
+        free.put(triptych.load(model, device="cpu", dtype="float32"))
+
+    def generate(**parameters: Any) -> Result:
+        loaded = free.get()
+        try:
+            return loaded.generate(**parameters)
+        finally:
+            free.put(loaded)
+
+    return generate
 
 
 def bounds_of_median(values: list[float]) -> list[float]:
@@ -218,11 +273,11 @@ def role_seconds(
     return {role: median(each) for role, each in seconds.items()}
 
 
-def throughput(engine: Engine, parameters: dict[str, Any], requests: int) -> float:
+def throughput(generate: Generate, parameters: dict[str, Any], requests: int) -> float:
     """Return requests a second with `CLIENTS` clients, counted while all of them have one on its way."""
 
     def ask(number: int) -> dict[str, float]:
-        return engine.generate(**{**parameters, "seed": number}).timings
+        return generate(**{**parameters, "seed": number}).timings
 
     return closed_loop(ask, requests + 2 * CLIENTS, CLIENTS).busy_rate
 
