@@ -26,8 +26,8 @@ from triptych.roles import WORKERS, RoleType, role_name
 from triptych.runtime import streams
 from triptych.runtime.crew import Crew
 from triptych.runtime.decoder_lane import DecoderLane
+from triptych.runtime.guest import is_guest
 from triptych.runtime.lanes import Lane, Work, prepare
-from triptych.runtime.meeting import is_guest
 from triptych.runtime.model import Model, load
 from triptych.runtime.preview import Previews, Projection
 from triptych.runtime.prompt_cache import PromptCache

@@ -7,24 +7,21 @@ are made as one, and each goes on with its rows.
 
 from __future__ import annotations
 
-import functools
 import logging
-import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import Context, ContextVar, copy_context
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from triptych.components.switches import is_compiled
 from triptych.runtime import streams
+from triptych.runtime.guest import Guest, calls_stop
 from triptych.runtime.pace import MOST_ROWS, PATIENCE, Pace
-from triptych.runtime.rows import Call, own, run_joined
+from triptych.runtime.rows import Call, answer_alone, answer_joined, pass_on
 
 log = logging.getLogger(__name__)
 
@@ -34,72 +31,6 @@ _NEW = 16
 """Kinds of calls that wait for their trials; beyond that the requests themselves are the trials."""
 ROOM = 0.5
 """The share of a device's free memory that a larger call may be expected to take."""
-
-_guest: ContextVar[Guest | None] = ContextVar("_guest", default=None)
-
-
-def is_guest() -> bool:
-    """Return whether what runs here is a part of a meeting, whose calls others may share."""
-    return _guest.get() is not None
-
-
-class Guest:
-    """A part of one request's work, in a thread that is awake only from `resume` to its next call, or its end.
-
-    Attributes:
-        call: what it waits for; None where it has ended.
-        ended: whether it has.
-        seconds: what it took, its share of shared calls included.
-    """
-
-    def __init__(self, part: Callable[[], None], threads: ThreadPoolExecutor) -> None:
-        self.call: Call | None = None
-        self.ended = False
-        self.seconds = 0.0
-        self._go, self._back = threading.Lock(), threading.Lock()
-        self._go.acquire()
-        self._back.acquire()
-        self._future: Future[None] = threads.submit(copy_context().run, self._live, part)
-
-    def resume(self) -> None:
-        """Let it go on; returns when it waits for a call or has ended."""
-        began = time.perf_counter()
-        self._go.release()
-        self._back.acquire()
-        self.seconds += time.perf_counter() - began
-
-    def dismiss(self, error: BaseException) -> None:
-        """Let it end: whatever it calls fails."""
-        while not self.ended:
-            if self.call is not None:
-                self.call.answer = functools.partial(_fail, error)
-            self.resume()
-
-    def ask(self, call: Call) -> Any:
-        """Wait, in its thread, for a call to be made; returns what came back."""
-        self.call = call
-        self._back.release()
-        self._go.acquire()
-        self.call = None
-        assert call.answer is not None
-        return call.answer()
-
-    @property
-    def error(self) -> Exception | None:
-        """What ended it early."""
-        error = self._future.exception()
-        if error is not None and not isinstance(error, Exception):
-            raise error
-        return error
-
-    def _live(self, part: Callable[[], None]) -> None:
-        _guest.set(self)
-        self._go.acquire()
-        try:
-            part()
-        finally:
-            self.ended = True
-            self._back.release()
 
 
 class Meeting:
@@ -174,7 +105,7 @@ class Meeting:
             alike = streams.like_this_thread(self.device)
             self._threads = ThreadPoolExecutor(self._places, "meeting", initializer=alike)
         guests = [Guest(part, self._threads) for part in parts]
-        with _stopping([each for each in modules if not self._is_compiled(each)]):
+        with calls_stop([each for each in modules if not self._is_compiled(each)]):
             awake = guests
             try:
                 while awake:
@@ -212,7 +143,7 @@ class Meeting:
     def _answer_alone(self, call: Call) -> None:
         """Make a call that no other can be a row of."""
         began, _ = self._now()
-        _run_alone(call)
+        answer_alone(call)
         call.seconds = self._now()[0] - began
         self._count(call.target, call.seconds, 1)
 
@@ -233,7 +164,7 @@ class Meeting:
             self._run(pace, chunk, rows)
         for first, *others in same.values():
             if others:
-                _pass_on(first, others)
+                pass_on(first, others)
         worth = max(1, min(pace.worth, self._fitting(pace)) // min(call.rows or 1 for call in group))
         # As long as one request waits for its own: else a kind would weigh the more, the more requests met in it.
         self._count(form, sum(call.seconds for call in group) / chunks, worth)
@@ -251,7 +182,7 @@ class Meeting:
     def _run_as_one(self, pace: Pace, calls: list[Call], rows: int) -> bool:
         """Make calls of one form as one, and take note of what it took; returns whether it was made."""
         began = self._begin()
-        made = _run_alone(calls[0]) if len(calls) == 1 else _run_joined(calls)
+        made = answer_alone(calls[0]) if len(calls) == 1 else answer_joined(calls)
         if not made and len(calls) > 1:
             pace.limit = max(1, rows // 2)
         self._end(pace, calls, rows, began, made)
@@ -307,82 +238,3 @@ class Meeting:
         if len(self._paces) > KINDS:
             self._paces.popitem(last=False)
         return pace
-
-
-def _run_alone(call: Call) -> bool:
-    """Make a call by itself; returns whether it did not fail."""
-    try:
-        call.answer = functools.partial(_give, call.run())
-    except Exception as error:  # noqa: BLE001 (raised where the call was made)
-        call.answer = functools.partial(_fail, error)
-        return False
-    return True
-
-
-def _run_joined(calls: Sequence[Call]) -> bool:
-    """Make calls of one form as rows of one; returns whether it did not fail, and what it has computed is gone if so."""
-    try:
-        for call, part in zip(calls, run_joined(calls)):
-            call.answer = functools.partial(own, part)
-    except Exception as error:  # noqa: BLE001 (a request must not fail because of those beside it)
-        # As text: a record of the log may be kept, and the error would keep what the call has computed.
-        log.warning("a shared call of %d failed (%s); so many run apart for now", len(calls), repr(error))
-        return False
-    return True
-
-
-def _pass_on(first: Call, others: Sequence[Call]) -> None:
-    """Give calls of the same content what the first of them got: copies, because the model's hooks change them."""
-    assert first.answer is not None
-    try:
-        value = first.answer()
-        own(value)
-    except Exception:  # noqa: BLE001 (it cannot be copied, or the call failed: then each fails by itself)
-        for each in others:
-            _run_alone(each)
-        return
-    first.seconds /= 1 + len(others)
-    for call in (first, *others):
-        call.answer, call.seconds = functools.partial(own, value), first.seconds
-
-
-def _give(value: Any) -> Any:
-    return value
-
-
-def _fail(error: BaseException) -> Any:
-    raise error
-
-
-@contextmanager
-def _stopping(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Let guests stop where they call one of the modules: an autoencoder's decoder, any other's forward.
-
-    Calls from elsewhere pass.
-    """
-    stopped = []
-    for module in modules:
-        name = "decode" if callable(getattr(module, "decode", None)) else "forward"
-        stopped.append((module, name, vars(module).get(name)))
-        setattr(module, name, _stop(getattr(module, name), (id(module), name)))
-    try:
-        yield
-    finally:
-        for module, name, before in stopped:
-            if before is None:
-                delattr(module, name)
-            else:
-                setattr(module, name, before)
-
-
-def _stop(function: Callable[..., Any], target: object) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def stopping(*args: Any, **kwargs: Any) -> Any:
-        guest = _guest.get()
-        if guest is None:
-            return function(*args, **kwargs)
-        context = copy_context()
-        context.run(_guest.set, None)  # what it calls in turn does not stop
-        return guest.ask(Call(target, function, args, kwargs, context))
-
-    return stopping

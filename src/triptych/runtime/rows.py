@@ -1,15 +1,19 @@
-"""Calls of a model as rows of one: whether they fit together, and how what comes back is parted again."""
+"""Calls of a model, alone or as rows of one: whether they fit together, and how what comes back is parted again."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import Context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from triptych.components.interruption import interruptible
+
+log = logging.getLogger(__name__)
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _FURTHER = ("cache", "past_key_values")
@@ -55,6 +59,51 @@ class Call:
     def run(self) -> Any:
         """Run it by itself."""
         return self.context.run(self.function, *self.args, **self.kwargs)
+
+    def give(self, value: Any) -> None:
+        """Let the stage get a value."""
+        self.answer = partial(_give, value)
+
+    def fail(self, error: BaseException) -> None:
+        """Let it fail where the stage made it."""
+        self.answer = partial(_fail, error)
+
+
+def answer_alone(call: Call) -> bool:
+    """Make a call by itself; returns whether it did not fail."""
+    try:
+        call.give(call.run())
+    except Exception as error:  # noqa: BLE001 (raised where the call was made)
+        call.fail(error)
+        return False
+    return True
+
+
+def answer_joined(calls: Sequence[Call]) -> bool:
+    """Make calls of one form as rows of one; returns whether it did not fail, and what it has computed is gone if so."""
+    try:
+        for call, part in zip(calls, run_joined(calls)):
+            call.answer = partial(own, part)
+    except Exception as error:  # noqa: BLE001 (a request must not fail because of those beside it)
+        # As text: a record of the log may be kept, and the error would keep what the call has computed.
+        log.warning("a shared call of %d failed (%s); so many run apart for now", len(calls), repr(error))
+        return False
+    return True
+
+
+def pass_on(first: Call, others: Sequence[Call]) -> None:
+    """Give calls of the same content what the first of them got: copies, because the model's hooks change them."""
+    assert first.answer is not None
+    try:
+        value = first.answer()
+        own(value)
+    except Exception:  # noqa: BLE001 (it cannot be copied, or the call failed: then each fails by itself)
+        for each in others:
+            answer_alone(each)
+        return
+    first.seconds /= 1 + len(others)
+    for call in (first, *others):
+        call.answer, call.seconds = partial(own, value), first.seconds
 
 
 def run_joined(calls: Sequence[Call]) -> list[Any]:
@@ -139,3 +188,11 @@ def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, _PLAIN):
         return value
     raise ValueError(f"a {type(value).__name__} came back, which cannot be parted into rows")
+
+
+def _give(value: Any) -> Any:
+    return value
+
+
+def _fail(error: BaseException) -> Any:
+    raise error
