@@ -159,11 +159,18 @@ class ReplicaLost(TriptychError):
     """A replica died, hung or answered garbage while it ran a request."""
 
 
+class MemoryShortageError(TriptychError):
+    """There was not enough memory where a role computes, for a request and what ran beside it."""
+
+
 class ReplicaRefusedError(UsageError):
     """A replica may not join a service: it is of another version or has another model."""
 
 
-_CARRIED = ("Cancelled", "DeadlineExceeded", "ReplicaLost", "UsageError", "ModelError", "RecipeError", "WireError")
+_CARRIED = (
+    "Cancelled", "DeadlineExceeded", "ReplicaLost", "MemoryShortageError", "UsageError", "ModelError", "RecipeError",
+    "WireError",
+)  # fmt: skip
 """What an error is in another process; the constructors of more special ones need more than the message."""
 
 

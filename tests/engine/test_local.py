@@ -14,7 +14,7 @@ import torch
 import triptych
 from triptych.engine import local
 from triptych.engine.local import LanesReplica, LocalEngine, place, thread_shares
-from triptych.errors import Cancelled, ParameterError, ReplicaLost, UsageError
+from triptych.errors import Cancelled, MemoryShortageError, ParameterError, ReplicaLost, UsageError
 from triptych.request import Request
 from triptych.roles import RoleType
 from triptych.runtime import streams
@@ -251,6 +251,47 @@ def test_an_error_that_looks_like_a_failed_device_is_one_requests_where_the_devi
                 engine.generate(**ASK)
         assert engine.ready()
         engine.generate(**ASK)
+
+
+def test_a_request_that_lacks_memory_beside_another_is_made_again_alone(
+    engine: LocalEngine, whole: triptych.Model
+) -> None:
+    (replica,) = engine.router.replicas
+    assert isinstance(replica, LanesReplica)
+    beside: list[int] = []
+
+    def fail(*_: Any) -> None:
+        beside.append(len(replica.tickets))
+        if len(replica.tickets) > 1:
+            raise torch.OutOfMemoryError("another has it")
+
+    hook = replica.model.components["text_encoder"].register_forward_pre_hook(fail)
+    try:
+        jobs = [engine.submit(Request(**{**ASK, "prompt": f"{name} fox"})) for name in ("one", "another")]
+        for job, name in zip(jobs, ("one", "another")):
+            expected = whole.generate(**{**ASK, "prompt": f"{name} fox"}).images
+            assert torch.equal(job.result(60).images, expected)
+    finally:
+        hook.remove()
+    assert max(beside) > 1 and beside.count(1) == 2
+    reasons = [event.details["reason"] for job in jobs for event in job.events() if event.kind == "retried"]
+    assert reasons and all("not enough memory" in reason for reason in reasons)
+
+
+def test_a_request_for_which_there_is_no_memory_says_so(engine: LocalEngine) -> None:
+    (replica,) = engine.router.replicas
+    assert isinstance(replica, LanesReplica)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("too large")
+
+    hook = replica.model.components["transformer"].register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(MemoryShortageError, match="not enough memory.*/denoiser: too large"):
+            engine.generate(**ASK)
+    finally:
+        hook.remove()
+    engine.generate(**ASK)
 
 
 def test_closing_finishes_what_was_taken_on(repository: Path) -> None:

@@ -10,6 +10,7 @@ from triptych.engine.router import BESIDE, Router
 from triptych.errors import (
     Cancelled,
     DeadlineExceeded,
+    MemoryShortageError,
     OverloadedError,
     ReplicaLost,
     RequestLostError,
@@ -191,6 +192,34 @@ def test_a_job_lost_three_times_fails_with_the_reasons_and_its_last_attempt_is_m
     made.remove(last, "death 2")
     with pytest.raises(RequestLostError, match="3 lost attempts.*death 0.*death 1.*death 2"):
         job.result(0)
+
+
+def test_a_segment_that_lacked_memory_is_run_alone_and_the_next_one_beside_others_again() -> None:
+    replica = Remote("r", slots=4)
+    made = router(replica)
+    job, other = submit(made), submit(made)
+    replica.answer(outcome=MemoryShortageError("no room"))
+    assert [ticket.job for ticket in replica.tickets] == [other], "it waits until nothing runs beside it"
+    while replica.tickets[0].job is other:
+        replica.answer()
+    assert replica.tickets[0].alone
+    replica.answer()
+    assert not any(ticket.alone for ticket in replica.tickets)
+    while replica.tickets:
+        replica.answer()
+    assert {job.status, other.status} == {"done"}
+    assert [event.details["reason"] for event in job.events() if event.kind == "retried"] == ["no room"]
+
+
+def test_a_segment_that_lacks_memory_alone_too_is_its_requests_end() -> None:
+    replica = Remote("r")
+    made = router(replica)
+    job = submit(made)
+    for _ in range(2):
+        replica.answer(outcome=MemoryShortageError("no room"))
+    with pytest.raises(MemoryShortageError, match="no room"):
+        job.result(0)
+    assert not replica.tickets
 
 
 def test_a_request_that_only_waited_at_a_lost_replica_is_not_blamed() -> None:

@@ -327,6 +327,29 @@ def test_forwards_for_which_memory_does_not_suffice_are_not_shared_again(model: 
     assert alive and not any(alive), "what failed is gone before its requests run apart"
 
 
+def test_a_while_after_memory_did_not_suffice_as_much_is_shared_as_before(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if len(kwargs["hidden_states"]) > 1:
+            raise torch.OutOfMemoryError("another lane has it")
+
+    hook = model.components["transformer"].register_forward_pre_hook(fail, with_kwargs=True)
+    lane, outcomes = StepLane(model, "test", threads=1, budget=LARGE), Outcomes()
+    try:
+        outcomes.put(lane, "0", encoded(model))
+        outcomes.wait(1)
+        assert lane.budget is not None and lane.budget < LARGE
+        hook.remove()
+        monkeypatch.setattr(step_lane.time, "monotonic", lambda now=time.monotonic: now() + step_lane.SHRUNK)
+        outcomes.put(lane, "1", encoded(model))
+        outcomes.wait(2)
+        assert lane.budget == LARGE
+    finally:
+        hook.remove()
+        lane.close()
+
+
 def test_a_shared_forward_that_fails_after_it_was_asked_for_is_run_apart(
     model: Model, forwards: Forwards, monkeypatch: pytest.MonkeyPatch
 ) -> None:

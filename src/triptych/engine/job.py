@@ -52,6 +52,7 @@ class Job:
         deadline: when it must have ended, on `time.monotonic`'s clock.
         lost: why each lost attempt was lost.
         beside: how often it was at a replica that was lost while others were known to compute there.
+        cramped: whether its segment lacked memory: it is run alone then.
         error: why it failed.
         previews: how many previews are to be made on the way, and with what; None for none.
         shown: how many of them this segment has shown, in whatever attempt.
@@ -63,6 +64,7 @@ class Job:
     status: Status = "queued"
     lost: list[str] = field(default_factory=list)
     beside: int = 0
+    cramped: bool = False
     error: Exception | None = None
     previews: tuple[int, Projection] | None = None
     shown: int = 0

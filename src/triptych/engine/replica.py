@@ -44,7 +44,7 @@ class Ticket:
         handover: what the segment starts from.
         work: its size, as `work_of` measures it.
         predicted: seconds it is expected to take.
-        alone: whether nothing else may run beside it, because it may have killed replicas.
+        alone: whether nothing else may run beside it, because it may have killed replicas, or lacked memory.
         done: called once with what the segment left, or what went wrong.
         progress: the share of it that is done.
         computing: whether it is known to have begun.

@@ -17,6 +17,7 @@ from triptych.engine.replica import Handover, Replica, Ticket
 from triptych.errors import (
     Cancelled,
     DeadlineExceeded,
+    MemoryShortageError,
     OverloadedError,
     ReplicaLost,
     RequestLostError,
@@ -180,7 +181,7 @@ class Router:
             return
         work = work_of(self._jobs[job], role)
         predicted = self.costs.predict(role, work)
-        alone = len(job.lost) >= ATTEMPTS - 1 or job.beside >= BESIDE
+        alone = job.cramped or len(job.lost) >= ATTEMPTS - 1 or job.beside >= BESIDE
         self._waiting.append(Ticket(job, role, handover, work, predicted, alone, self._done))
         self._dispatch()
 
@@ -299,7 +300,7 @@ class Router:
             ahead, ticket.ahead = ticket.ahead, None
             if isinstance(outcome, Handover):
                 self.costs.learn(ticket.role, ticket.work, outcome.seconds)
-                job.shown = 0
+                job.shown, job.cramped = 0, False
             if job.status in ENDED:
                 self._forget(job)
             elif isinstance(outcome, Handover):
@@ -314,6 +315,9 @@ class Router:
                     job.shown = sys.maxsize  # it has ended once, and shown all there is
                 self._lose(ticket, str(outcome), counts=True)
             elif isinstance(outcome, ReplicaLost):
+                self._lose(ticket, str(outcome), counts=True)
+            elif isinstance(outcome, MemoryShortageError) and not ticket.alone:
+                job.cramped = True  # what ran beside it may have taken the memory
                 self._lose(ticket, str(outcome), counts=True)
             else:
                 self._end(job, outcome)

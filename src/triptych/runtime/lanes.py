@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from triptych.errors import Cancelled, DeadlineExceeded, TriptychError
+from triptych.errors import Cancelled, DeadlineExceeded, MemoryShortageError, TriptychError
 from triptych.runtime import streams
 from triptych.runtime.crew import Crew
 from triptych.runtime.meeting import KINDS, Meeting
@@ -288,6 +288,8 @@ class Lane:
             if not isinstance(outcome, TriptychError):
                 log.error("%s: a request failed", self.name, exc_info=outcome)
             _forget_frames(outcome)
+            if isinstance(outcome, (torch.OutOfMemoryError, MemoryError)):
+                outcome = MemoryShortageError(f"there was not enough memory for it at {self.name}: {outcome}")
         self._taken.discard(work)
         try:
             work.done(outcome)

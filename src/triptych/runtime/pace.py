@@ -73,6 +73,7 @@ class Pace:
         self._seconds.setdefault(level, deque(maxlen=TRIALS)).append(seconds / rows)
         if self.clock() - self._since > RECHECK:
             self._since = self.clock()
+            self.bytes = 0.0  # what another lane took meanwhile may have been counted
             best, _ = self._search()
             self._seconds.pop(2 * best, None)
             self.limit = min(MOST_ROWS, 2 * self.limit)

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 AGEING = 0.5
 """Seconds of predicted work that a second of waiting is worth, so that a long request is not passed for ever."""
+SHRUNK = 60.0
+"""Seconds in which less is shared after memory did not suffice; then as much as before is tried again."""
 
 
 @dataclass(eq=False)
@@ -87,6 +89,7 @@ class StepLane(Lane):
         self._sample: tuple[Denoising, Forward] | None = None
         self._known: int | None = None  # the budget that an earlier start has measured
         self._patient_until = 0.0
+        self._shrunk: tuple[int | None, float] | None = None  # the budget before memory was short, and until when
         super().__init__(model, name, threads=threads, rows=0, turns=turns, crew=crew)
 
     @property
@@ -95,6 +98,8 @@ class StepLane(Lane):
         return bool(self._waiting or self._active) or (self._is_curious and not self._closing)
 
     def _work(self) -> None:
+        if self._shrunk is not None and time.monotonic() > self._shrunk[1]:
+            self.budget, self._shrunk = self._shrunk[0], None
         if self._is_curious and (self._impatient or not (self._waiting or self._active)):
             assert self._sample is not None
             self._try_out(*self._sample)
@@ -223,7 +228,7 @@ class StepLane(Lane):
             log.warning("%s: a shared forward failed (%s); its %d run apart", self.name, repr(error), len(chosen))
             predictions = None  # they may be there, and yet the device has failed at them
             if full:
-                self.budget = half
+                self._shrink(half)
         if predictions is None:  # not above, where the error still holds what the forward has computed
             for runner in chosen:
                 self._step([runner])
@@ -231,6 +236,11 @@ class StepLane(Lane):
         self.forwards[len(chosen)] += 1
         for runner, prediction in zip(chosen, predictions):
             self._advance(runner, prediction)
+
+    def _shrink(self, size: int) -> None:
+        """Share less for a while: what took the memory, maybe in another lane, may be gone then."""
+        before = self.budget if self._shrunk is None else self._shrunk[0]
+        self.budget, self._shrunk = size, (before, time.monotonic() + SHRUNK)
 
     def _account(self) -> None:
         while self._timed and (seconds := self._timed[0][0].seconds) is not None:
