@@ -228,6 +228,7 @@ def run_role(model: str, role: RoleType, states: Connection, after: Connection) 
     torch.set_num_threads(1)
     memory.keep()
     loaded = triptych.load(model, role=role, device="cpu", dtype="float32")
+    memory.gather()
     with suppress(EOFError):
         while True:
             after.send_bytes(loaded.run(State.from_bytes(states.recv_bytes())).to_bytes())

@@ -4,6 +4,7 @@ import math
 import platform
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -79,3 +80,50 @@ def test_it_is_not_asked_for_at_every_request(monkeypatch: pytest.MonkeyPatch) -
     memory.give_back()
     assert resident() < before - 150 * MB
     assert kept.sum() == SIZE
+
+
+GATHERED = """
+import gc, re, sys, time
+from pathlib import Path
+from triptych.runtime import memory
+
+def huge():
+    return int(re.search(r"AnonHugePages: *(\\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) * 1024
+
+memory.LONGEST = float(sys.argv[1])
+kept = [str(number) for number in range(400_000)]  # some 25 MB of Python's own
+gc.collect()
+before = huge()
+memory.gather()
+once = huge()
+more = [str(number) for number in range(400_000)]
+memory.gather()
+print(once - before, huge() - once, kept == more)
+"""
+
+
+def gathered(longest: float) -> list[str]:
+    command = [sys.executable, "-c", GATHERED, str(longest)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=60).stdout.split()
+
+
+@pytest.mark.skipif(memory._huge_page() is None, reason="the system has no huge pages")
+def test_what_a_process_holds_comes_to_lie_in_huge_pages_once_and_stays_what_it_was() -> None:
+    once, again, same = gathered(memory.LONGEST)
+    if once == "0":
+        pytest.skip("the system gathers nothing: it is older than Linux 6.1, or has no huge page left")
+    assert int(once) > 10 * MB
+    assert int(again) == 0, "a process is gathered once"
+    assert same == "True"
+
+
+@pytest.mark.skipif(memory._huge_page() is None, reason="the system has no huge pages")
+def test_gathering_ends_when_it_takes_too_long() -> None:
+    assert gathered(0.0)[0] == "0"
+
+
+def test_an_engine_gathers_what_it_holds_when_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = threading.Event()
+    monkeypatch.setattr(memory, "gather", ready.set)
+    with LocalEngine(embedded.path(), encoder="cpu", denoiser="cpu", decoder="cpu", dtype="float32"):
+        assert ready.wait(5)

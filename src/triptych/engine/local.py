@@ -23,7 +23,7 @@ from triptych.engine.replica import Handover, Replica, Ticket
 from triptych.engine.router import Router
 from triptych.errors import ReplicaLost, UsageError
 from triptych.roles import WORKERS, RoleType, role_name
-from triptych.runtime import streams
+from triptych.runtime import memory, streams
 from triptych.runtime.crew import Crew
 from triptych.runtime.decoder_lane import DecoderLane
 from triptych.runtime.guest import is_guest
@@ -247,6 +247,7 @@ class LocalEngine(Engine):
             atexit.register(lambda: (close := goodbye()) and close(0))
             if warm_up:
                 self.warm_up()
+            threading.Thread(target=memory.gather, name="gathering", daemon=True).start()
             undo.pop_all()
 
     def hand_in(self, state: State) -> Handover:

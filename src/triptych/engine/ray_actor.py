@@ -17,6 +17,7 @@ import ray
 import triptych
 from triptych.errors import ReplicaRefusedError, from_text, to_text
 from triptych.roles import RoleType
+from triptych.runtime import memory
 from triptych.runtime.collection import collection_paused
 
 if TYPE_CHECKING:
@@ -86,12 +87,14 @@ class ReplicaActor:
                     prompt_cache=prompt_cache,
                     slots=slots,
                 )
-                self._loaded.set_result(replica)
             except Exception as error:
                 log.exception("%s could not be loaded", name)
                 refused = isinstance(error, ReplicaRefusedError)
                 # As it is told between processes: many errors, of ours and of libraries, cannot be unpickled.
                 self._loaded.set_exception(error if refused else from_text(*to_text(error)))
+            else:
+                self._loaded.set_result(replica)
+                memory.gather()
 
         # In a thread of its own, so that this process can tell meanwhile that it is alive.
         threading.Thread(target=load, name="loading", daemon=True).start()
