@@ -1,11 +1,23 @@
-"""Errors: what their messages tell of refused values."""
+"""Errors: what their messages tell of refused values, and what they are in another process."""
 
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from triptych.errors import ParameterError
+from triptych.errors import (
+    Cancelled,
+    MemoryShortageError,
+    ModelError,
+    ParameterError,
+    RemoteError,
+    ReplicaLost,
+    TriptychError,
+    UsageError,
+    WireError,
+    from_text,
+    to_text,
+)
 from triptych.server.problems import problem_of
 
 
@@ -38,3 +50,18 @@ def test_a_refused_value_is_told_in_words_that_are_short_and_the_same_every_time
     problem = problem_of(error)
     assert problem.message == str(error)
     assert problem.details["value"] == (value if isinstance(value, str) or value == 17 else told)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        *((each("why"), each) for each in (Cancelled, ReplicaLost, MemoryShortageError, ModelError, WireError)),
+        (ParameterError("n", 0, "1 is accepted"), UsageError),
+        (TriptychError("why"), TriptychError),
+        (KeyError("why"), RemoteError),
+    ],
+)
+def test_an_error_is_of_the_same_kind_in_another_process(error: Exception, kind: type[TriptychError]) -> None:
+    there = from_text(*to_text(error))
+    assert type(there) is kind
+    assert str(error) in str(there)

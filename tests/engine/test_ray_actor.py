@@ -20,7 +20,7 @@ from triptych.engine.couriers import Couriers
 from triptych.engine.inbox import Answer, Inbox, Order, send
 from triptych.engine.ray_actor import ReplicaActor
 from triptych.errors import WireError, from_text
-from triptych.runtime import streams
+from triptych.runtime import memory, streams
 from triptych.runtime.segment import finish
 from triptych.state import State
 
@@ -64,6 +64,19 @@ def segments(actor: ReplicaActor, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         put = lane.put
         monkeypatch.setattr(lane, "put", lambda work, put=put: (seen.append(work), put(work)))
     return seen
+
+
+def test_a_replica_gathers_what_it_holds_once_it_is_ready(
+    tiny_repo: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready: list[bool] = []
+    gathered = threading.Event()
+    monkeypatch.setattr(memory, "gather", lambda: (ready.append(actor._loaded.done()), gathered.set()))
+    actor = ReplicaActor("denoiser", str(tiny_repo("flux2_klein")), "denoiser", {"device": "cpu"}, threads=1)
+    assert gathered.wait(60)
+    assert ready == [True], "nobody is to wait for it"
+    actor._inbox.close()
+    actor._replica.close()
 
 
 def test_a_state_that_comes_straight_is_computed_before_the_router_asks(

@@ -87,6 +87,15 @@ def test_what_failed_or_took_long_is_tried_again_after_a_while() -> None:
     assert learned(pace, overhead=1e-3, each=1e-6).aim == 2
 
 
+def test_the_memory_of_a_row_is_measured_anew_after_a_while() -> None:
+    clock = Clock()
+    pace = learned(Pace(bytes=1e9, clock=clock), overhead=1e-3, each=1e-6)
+    assert pace.bytes == 1e9
+    clock.now += RECHECK * 1.1
+    pace.note(1, 1e-3)
+    assert pace.bytes == 0, "another lane's may have been counted"
+
+
 def test_a_kind_that_gained_nothing_is_tried_together_again_after_a_while() -> None:
     clock = Clock()
     appetite = Appetite(clock=clock)
