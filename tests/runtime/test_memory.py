@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -120,6 +121,14 @@ def test_what_a_process_holds_comes_to_lie_in_huge_pages_once_and_stays_what_it_
 @pytest.mark.skipif(memory._huge_page() is None, reason="the system has no huge pages")
 def test_gathering_ends_when_it_takes_too_long() -> None:
     assert gathered(0.0)[0] == "0"
+
+
+@pytest.mark.parametrize(("told", "size"), [("2097152\n", 2**21), ("536870912\n", None)])
+def test_huge_pages_that_would_be_mostly_empty_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, told: str, size: int | None
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda _: told)
+    assert memory._huge_page() == size
 
 
 def test_an_engine_gathers_what_it_holds_when_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:

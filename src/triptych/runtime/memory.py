@@ -76,7 +76,8 @@ def gather() -> None:
             if glibc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(nbytes), _COLLAPSE) == 0:
                 gathered += nbytes
             begin += nbytes
-    log.info("%.0f MB lie in huge pages now, after %.2f s", gathered / 1e6, time.monotonic() - began)
+    if gathered:
+        log.info("%.0f MB lie in huge pages now, after %.2f s", gathered / 1e6, time.monotonic() - began)
 
 
 def _own() -> Iterator[tuple[int, int]]:
@@ -89,11 +90,12 @@ def _own() -> Iterator[tuple[int, int]]:
 
 
 def _huge_page() -> int | None:
-    """Return the bytes of a huge page; None where the system has none."""
+    """Return the bytes of a huge page; None where the system has none, or such large ones that most of one were empty."""
     try:
-        return int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
+        size = int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
     except OSError:
         return None
+    return size if size <= _SLICE else None  # 512 MiB on machines with pages of 64 KiB
 
 
 @functools.cache
