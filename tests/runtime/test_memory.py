@@ -84,7 +84,7 @@ def test_it_is_not_asked_for_at_every_request(monkeypatch: pytest.MonkeyPatch) -
 
 
 GATHERED = """
-import gc, re, sys, time
+import gc, re, sys
 from pathlib import Path
 from triptych.runtime import memory
 

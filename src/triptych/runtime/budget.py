@@ -43,7 +43,7 @@ def measure(stage: Denoising, sample: Forward, interrupted: Callable[[], bool]) 
     while copies * sample.rows(stage.shared) <= MOST_ROWS and vain < 2:
         try:
             least = _compare(stage, sample, (best, copies), interrupted)
-        except (torch.OutOfMemoryError, MemoryError):
+        except streams.LACK_OF_MEMORY:
             break
         if least is None:
             return None
@@ -103,7 +103,7 @@ def rehearse(stage: Denoising, sample: Forward, budget: int) -> int:
         try:
             stage.predict([replace(sample) for _ in range(copies)], exact=False)
             streams.wait(stage.device)
-        except (torch.OutOfMemoryError, MemoryError):
+        except streams.LACK_OF_MEMORY:
             log.warning("%d requests in one forward do not fit into memory: half of them are tried", copies)
             budget = (copies := copies // 2) * sample.size
         else:

@@ -288,7 +288,7 @@ class Lane:
             if not isinstance(outcome, TriptychError):
                 log.error("%s: a request failed", self.name, exc_info=outcome)
             _forget_frames(outcome)
-            if isinstance(outcome, (torch.OutOfMemoryError, MemoryError)):
+            if isinstance(outcome, streams.LACK_OF_MEMORY):
                 outcome = MemoryShortageError(f"there was not enough memory for it at {self.name}: {outcome}")
         self._taken.discard(work)
         try:

@@ -218,7 +218,7 @@ class StepLane(Lane):
             self._timed.append((watch, [(runner, runner.size) for runner in chosen]))
             self._account()
         except Exception as error:  # noqa: BLE001 (a request must not fail because of those beside it)
-            full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            full = isinstance(error, streams.LACK_OF_MEMORY)
             half, first = sum(runner.size for runner in chosen) // 2, chosen[0].turn
             branches = len(first.forwards) > 1 and not first.exact and (not self.budget or self.budget > half)
             if len(chosen) == 1 and not (full and branches):  # else its own branches run apart

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+LACK_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+"""What is raised where a device, or this machine, has not enough memory."""
+
 
 def open_stream(device: torch.device) -> torch.cuda.Stream | None:
     """Return a stream for a lane on a device, once what the device was given before is done; None on other than CUDA."""
