@@ -73,7 +73,7 @@ def test_an_answer_that_the_schema_does_not_name_is_noticed() -> None:
         (problem_of(OverloadedError(3, 1.0)), 429, "rate_limit_error", "overloaded"),
         (problem_of(DeadlineExceeded("late")), 504, "server_error", "deadline_exceeded"),
         (problem_of(RequestLostError(["died"])), 500, "server_error", "lost"),
-        (problem_of(MemoryShortageError("no room")), 507, "server_error", "no_memory"),
+        (problem_of(MemoryShortageError("no room")), 500, "server_error", "no_memory"),
         (problem_of(KeyError("x")), 500, "server_error", "internal"),
         (Problem(401, "missing_api_key", ""), 401, "authentication_error", "missing_api_key"),
         (Problem(403, "insufficient_scope", ""), 403, "permission_error", "insufficient_scope"),

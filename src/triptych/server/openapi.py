@@ -26,7 +26,7 @@ _MEANINGS = {
     500: "The server failed.",
     503: "Nothing can be served now; `Retry-After` may say when to come back.",
     504: "The request's deadline passed.",
-    507: "The disk of the server has no space left, or the request needs more memory than its devices have.",
+    507: "There is no space left on the disk of the server.",
 }
 _ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
 

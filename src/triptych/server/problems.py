@@ -43,7 +43,7 @@ _STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
     (DeadlineExceeded, 504, "deadline_exceeded"),
     (Cancelled, 410, "cancelled"),
     (RequestLostError, 500, "lost"),
-    (MemoryShortageError, 507, "no_memory"),
+    (MemoryShortageError, 500, "no_memory"),
     (ReplicaLost, 503, "not_ready"),
     (StoreClosedError, 503, "not_ready"),
     (TriptychError, 500, "internal"),
