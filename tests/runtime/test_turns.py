@@ -66,6 +66,15 @@ def test_one_lane_by_itself_is_not_judged() -> None:
     assert not turns.one_by_one
 
 
+def test_what_one_did_by_itself_does_not_count_against_the_two() -> None:
+    process = Process(CORES, BUSY)
+    turns = Turns(process)
+    with turns.turn():
+        process.now += 2 * WINDOW
+        overlap(turns, process, 0.5 * WINDOW)
+    assert not turns.one_by_one, "half a window side by side is too early to tell"
+
+
 def test_one_by_one_they_take_turns_in_order_and_side_by_side_is_tried_again() -> None:
     process = Process(CORES, BUSY)
     turns = Turns(process)

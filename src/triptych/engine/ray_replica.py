@@ -74,6 +74,7 @@ class RayReplica(Replica):
         self._loading = False  # whether the process that it has now has given a sign of life, but has not loaded
         self._quiet = 0  # signs of life since it was to be given nothing more, in which it had nothing
         self._reply = reply  # where this router hears what is told straight
+        self._home: str = ray.get_runtime_context().get_node_id()  # the machine of this router
         self._later = later
         self._asking = threading.Lock()
 
@@ -269,8 +270,7 @@ class RayReplica(Replica):
 
     @property
     def _is_here(self) -> bool:
-        mine: str = ray.get_runtime_context().get_node_id()
-        return self.node == mine
+        return self.node == self._home
 
     @property
     def node(self) -> str | None:

@@ -66,22 +66,27 @@ class Turns:
             gate.acquire()
             self._waiting.append(gate)
             return gate
-        self._computing += 1
+        self._begin()
         return None
+
+    def _begin(self) -> None:
+        self._computing += 1
+        if self._computing == 2:  # asked only then: a process has to add up all its threads for it
+            self._then = self._usage()
 
     def _leave(self) -> None:
         self._judge()
         self._computing -= 1
         while self._waiting and not (self.one_by_one and self._computing):
-            self._computing += 1
+            self._begin()
             self._waiting.popleft().release()
 
     def _judge(self) -> None:
         """Take note of what has been used since the last look, and decide how to go on."""
-        now = self._usage()
         if self.one_by_one:
-            self.one_by_one = now[0] < self._until
+            self.one_by_one = self._usage()[0] < self._until
         elif self._computing > 1:
+            now = self._usage()
             self._spent = [total + new - old for total, new, old in zip(self._spent, now, self._then)]
             seconds, cpu, waits = self._spent
             if seconds > WINDOW:
@@ -92,7 +97,7 @@ class Turns:
                     log.info(
                         "roles hold each other up at Python's lock and take turns: in processes of their own they overlap"
                     )
-        self._then = now
+            self._then = now
 
 
 def _usage() -> tuple[float, float, float]:
