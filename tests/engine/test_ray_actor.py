@@ -1,8 +1,10 @@
 """What a replica's process does with tickets, whichever way their states come."""
 
+import gc
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -106,6 +108,28 @@ def test_the_many_threads_that_bring_states_start_no_others_to_compute_with(
             assert brings.submit(torch.get_num_threads).result(10) == 1
         finally:
             torch.set_num_threads(before)
+
+
+def test_what_a_segment_held_is_gone_as_soon_as_its_end_was_told(
+    actors: dict[str, ReplicaActor], request_bytes: np.ndarray
+) -> None:
+    encoder = actors["encoder"]
+    held: list[weakref.ref[Any]] = []
+    for lane in encoder._replica.lanes.values():
+        put = lane.put
+        lane.put = lambda work, put=put: (held.append(weakref.ref(work)), put(work))  # type: ignore[method-assign]
+    gc.collect()
+    gc.disable()
+    try:
+        encoder.run(order(encoder, "gone"), request_bytes)
+        deadline = time.monotonic() + 10
+        while held[0]() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert held[0]() is None, "its state would stay until Python looks for circles"
+    finally:
+        gc.enable()
+        for lane in encoder._replica.lanes.values():
+            del lane.put  # type: ignore[method-assign]
 
 
 def test_a_state_that_comes_both_ways_is_computed_once(

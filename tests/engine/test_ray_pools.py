@@ -34,7 +34,7 @@ from triptych.engine.ray_register import NAMESPACE, REGISTER, SILENT, Register
 from triptych.engine.ray_replica import RayReplica
 from triptych.engine.replica import Handover, Ticket
 from triptych.engine.router import Router
-from triptych.errors import ModelError, ReplicaRefusedError
+from triptych.errors import ModelError, ReplicaLost, ReplicaRefusedError
 from triptych.roles import RoleType
 
 IDENTITY = {"fingerprint": "one"}
@@ -268,6 +268,49 @@ def test_a_replica_that_was_just_started_outlives_a_register_that_is_started_ane
         time.sleep(0.05)
     keeper.pulse()
     assert set(keeper.replicas) == set(ray.get(keeper._register.members.remote())) == {first}
+
+
+def test_a_replica_is_known_before_it_is_started_and_not_any_more_where_that_fails(
+    enter: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = enter()
+    keeper.serve("denoiser=1")
+    known: list[set[str]] = []
+
+    def fail(name: str, **_: Any) -> None:
+        known.append(set(ray.get(keeper._register.members.remote())))
+        assert known == [{name}]
+        raise OSError("no process left")
+
+    monkeypatch.setattr(ray_pools, "start_replica", fail)
+    with pytest.raises(OSError, match="no process left"):
+        keeper.pulse()
+    assert len(known) == 1
+    assert ray.get(keeper._register.members.remote()) == {} == keeper.replicas
+
+
+def test_replicas_that_a_register_has_never_heard_of_end_with_the_rest_when_no_router_comes(cluster: None) -> None:
+    class Nobody:
+        pass
+
+    def left() -> set[str]:
+        return {each["name"] for each in ray.util.list_named_actors(all_namespaces=True)}
+
+    remote: Any = ray.remote
+    names = {"denoiser-lost", "joined-denoiser-mine"}
+    kept = [
+        remote(num_cpus=0)(Nobody).options(name=name, namespace=NAMESPACE, lifetime="detached").remote()
+        for name in names
+    ]
+    register = remote(num_cpus=0)(Register).options(name=REGISTER, namespace=NAMESPACE).remote(orphaned=1)
+    deadline = time.monotonic() + 20
+    while "denoiser-lost" in left() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left() == {"joined-denoiser-mine", REGISTER}
+    for each in (*kept, register):
+        ray.kill(each)
+    while left():
+        time.sleep(0.05)
 
 
 def test_a_pool_without_a_replica_grows_by_any_work(enter: Callable[..., Keeper]) -> None:
@@ -714,6 +757,33 @@ def test_a_replica_whose_service_ended_while_it_loaded_is_refused(
         ray_join.join("/nowhere", "denoiser", "here")
 
 
+def test_a_pool_that_wakes_does_not_make_the_service_unready() -> None:
+    engine = object.__new__(RayEngine)
+    engine.router = Router(lambda handover: handover.payload)
+    pool = {"least": 0, "most": 2, "target": 1}
+    engine._keeper = SimpleNamespace(pools={"denoiser": pool})  # type: ignore[assignment]
+    assert engine.served() == {RoleType.DENOISER}
+    pool["least"] = 1
+    assert engine.served() == set()
+
+
+def test_the_requests_of_a_router_that_has_no_part_in_the_service_any_more_end() -> None:
+    engine = object.__new__(RayEngine)
+    engine._closed = threading.Event()
+    engine.router = Router(lambda handover: handover.payload)
+    waiting = Job()
+    engine.router.submit(waiting, Handover(RoleType.DENOISER, None), {})
+
+    def pulse() -> None:
+        engine._closed.set()
+        raise ReplicaRefusedError("another model is served")
+
+    engine._keeper = SimpleNamespace(pulse=pulse)  # type: ignore[assignment]
+    engine._pulse()
+    with pytest.raises(ReplicaLost, match="another model is served"):
+        waiting.result(0)
+
+
 class Process:
     """Stands in for Ray's handle of a replica: what it was asked, and what it fails at."""
 
@@ -754,6 +824,56 @@ def test_a_ticket_that_cannot_be_asked_for_is_no_fault_of_its_replica(cluster: N
     mine.ask()
     assert [what for what, _ in process.asked] == ["beat", "beat", "run"], "and it is asked for again"
     assert ticket.asked
+
+
+def told_ready(mine: RayReplica, made: Router) -> None:
+    """Let a replica's sign of life be heard, which says that it has loaded."""
+    mine.asked = asked = time.monotonic()
+    beat: Future[Any] = Future()
+    ready = {"slots": {}, "busy": 0, "loaded_bytes": 1, "device": "cpu", "niceness": 0}
+    beat.set_result({"replica": ready, "progress": {}, "previews": {}})
+    mine.hear(made, beat, asked)
+
+
+def test_what_a_replica_computed_when_it_was_taken_to_be_lost_is_cancelled_there_before_it_serves_again() -> None:
+    process, made = Process(), Router(lambda handover: handover.payload)
+    mine = RayReplica("one", "denoiser", process, None, lambda *_: None)
+    told_ready(mine, made)
+    assert made.replicas == [mine] and process.asked == []
+    made._jobs[(ticket := given(mine)).job] = {}
+    mine.lose(made, "the network failed")
+    assert made.replicas == []
+    told_ready(mine, made)
+    assert process.asked[0] == ("cancel", (ticket.name,))
+    assert made.replicas == [mine]
+
+
+@pytest.mark.parametrize("when", ["before it is let in", "while it is"])
+def test_a_replica_that_is_lost_while_it_tells_that_it_is_ready_is_not_let_in(when: str) -> None:
+    class Losing(Router):
+        def add(self, replica: Any) -> None:
+            if when == "while it is":
+                replica.lose(self, "it died")
+            super().add(replica)
+
+    class Dying(RayReplica):
+        def _note(self, beat: dict[str, Any]) -> None:
+            super()._note(beat)
+            if when == "before it is let in":
+                self.lose(made, "it died")
+
+    made = Losing(lambda handover: handover.payload)
+    mine = Dying("one", "denoiser", Process(), None, lambda *_: None)
+    told_ready(mine, made)
+    assert made.replicas == [] and mine.state == "starting"
+
+
+def test_a_process_of_another_user_is_reached_through_ray(cluster: None) -> None:
+    mine = RayReplica("one", "denoiser", Process(), "here", lambda *_: None)
+    mine.told = {"node": ray.get_runtime_context().get_node_id(), "inbox": "there", "user": os.getuid()}
+    assert mine._hears and "user" not in mine.describe()
+    mine.told["user"] += 1
+    assert not mine._hears and not mine.is_gone()
 
 
 def test_a_replica_is_told_how_many_previews_of_each_ticket_have_come(cluster: None) -> None:

@@ -138,10 +138,22 @@ def test_a_prompt_goes_to_the_encoder_that_has_it_already() -> None:
     one, two = Remote("one", E, slots=8), Remote("two", E, slots=8)
     made = router(one, two)
     submit(made)
-    holder = one if one.tickets else two
-    for _ in range(3):
+    holder, other = (one, two) if one.tickets else (two, one)
+    holder.answer(outcome=Cancelled())
+    for count in (1, 2):
         submit(made)
-    assert len(holder.tickets) == 4
+        assert (len(holder.tickets), len(other.tickets)) == (1, count - 1), (
+            "an idle one first: it may hold as much by then"
+        )
+    submit(made)
+    assert len(other.tickets) == 2, "and where none is idle, the one that had it last"
+
+
+def test_a_replica_takes_part_once() -> None:
+    one = Remote("one")
+    made = router(one, one)
+    made.remove(one, "it died")
+    assert made.replicas == []
 
 
 def test_what_a_lost_replica_ran_is_run_elsewhere_from_the_same_hand_over() -> None:

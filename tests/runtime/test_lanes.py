@@ -12,11 +12,14 @@ import pytest
 import torch
 
 import triptych
+from triptych.components.acceleration import Acceleration
 from triptych.errors import Cancelled, DeadlineExceeded
+from triptych.roles import RoleType
 from triptych.runtime import budget, lanes, step_lane, streams
 from triptych.runtime.lanes import Lane, Work
 from triptych.runtime.model import Model
 from triptych.runtime.step_lane import StepLane
+from triptych.runtime.turns import Turns
 from triptych.stages.denoising import Denoising
 from triptych.state import State
 
@@ -266,6 +269,29 @@ def test_a_request_past_its_deadline_stops(model: Model, lane: StepLane) -> None
     assert isinstance(ended["soon"], DeadlineExceeded)
 
 
+class Panic(BaseException):
+    """What a library written in Rust raises where it should not: no `Exception`."""
+
+
+@pytest.mark.parametrize("kind", [Lane, StepLane])
+def test_a_library_s_panic_ends_its_request_and_not_the_lane(
+    model: Model, kind: type[Lane], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panic(*_: Any) -> Any:
+        raise Panic("index out of bounds")
+
+    lane, outcomes = kind(model, "test", threads=1), Outcomes()
+    states = [encoded(model), encoded(model)]
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "segment", panic)
+        outcomes.put(lane, "first", states[0])
+        error = outcomes.wait(1)["first"]
+    assert isinstance(error, RuntimeError) and str(error) == "Panic: index out of bounds"
+    outcomes.put(lane, "second", states[1])
+    assert isinstance(outcomes.wait(2)["second"], State)
+    lane.close()
+
+
 def test_a_request_that_fails_leaves_those_beside_it_alone(model: Model, lane: StepLane, forwards: Forwards) -> None:
     good, bad = encoded(model), encoded(model, seed=8)
     expected = model.run(replaced_exact(good)).result.images
@@ -325,6 +351,32 @@ def test_forwards_for_which_memory_does_not_suffice_are_not_shared_again(model: 
         lane.close()
     assert sum(rows > 2 for rows in forwards.rows) == 1, "found out once"
     assert alive and not any(alive), "what failed is gone before its requests run apart"
+
+
+def test_a_lack_of_memory_lets_nobody_share_who_did_not_before(model: Model, forwards: Forwards) -> None:
+    def fail(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if len(kwargs["hidden_states"]) > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    hook = model.components["transformer"].register_forward_pre_hook(fail, with_kwargs=True)
+    lane, outcomes = StepLane(model, "test", threads=1, budget=0), Outcomes()
+    try:
+        outcomes.put(lane, "large", encoded(model))
+        outcomes.wait(1)
+        assert lane.budget, "its own branches are to run apart"
+        forwards.rows.clear()
+        forwards.open.clear()
+        forwards.entered.clear()
+        with lane._arriving:
+            for name in ("one", "other"):
+                outcomes.put(lane, name, encoded(model, guidance_scale=1.0, height=32, width=32))
+        forwards.open.set()
+        outcomes.wait(3)
+    finally:
+        hook.remove()
+        lane.close()
+    assert set(forwards.rows) == {1}
+    assert all(isinstance(each, State) for each in outcomes.of.values())
 
 
 def test_a_while_after_memory_did_not_suffice_as_much_is_shared_as_before(
@@ -551,6 +603,36 @@ def test_a_lane_that_is_never_idle_measures_its_budget_beside_its_requests(
     assert lane.budget is not None and budget.recall(lane._budget_key(next(model.segment(encoded(model))).forwards[0]))
     for name, pixels in zip(("0", "1"), expected):
         assert (model.run(ended[name]).result.images - pixels).abs().max() <= 1e-4
+
+
+def test_a_budget_does_not_hold_for_weights_that_are_offloaded(model: Model) -> None:
+    lane = StepLane(model, "test", threads=1, budget=0)
+    sample = next(model.segment(encoded(model))).forwards[0]
+    plain = lane._budget_key(sample)
+    model.accelerated.asked[RoleType.DENOISER] = Acceleration(offload="group")
+    try:
+        assert lane._budget_key(sample) not in plain
+    finally:
+        del model.accelerated.asked[RoleType.DENOISER]
+    assert lane._budget_key(sample) == plain
+    lane.close()
+
+
+def test_a_budget_is_not_measured_beside_what_another_lane_computes_where_they_take_turns(
+    model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRIPTYCH_CACHE", str(tmp_path))
+    turns = Turns()
+    computing: list[int] = []
+    monkeypatch.setattr(budget, "measure", lambda *_: computing.append(turns._computing) or 1)
+    lane, outcomes = StepLane(model, "test", threads=1, turns=turns), Outcomes()
+    outcomes.put(lane, "one", encoded(model, num_inference_steps=1))
+    outcomes.wait(1)
+    deadline = time.monotonic() + 10
+    while not computing and time.monotonic() < deadline:
+        time.sleep(0.01)
+    lane.close()
+    assert computing == [1], "it has its turn"
 
 
 def test_a_budget_of_an_earlier_start_holds_from_the_first_request_on(

@@ -116,6 +116,42 @@ def test_a_part_that_fails_by_itself_fails_alone(model: Model, meeting: Meeting)
     assert len(asking.got) == 2
 
 
+def test_a_part_that_panics_fails_alone(model: Model, meeting: Meeting) -> None:
+    class Panic(BaseException):
+        pass
+
+    def panicking() -> None:
+        raise Panic("index out of bounds")
+
+    asking = Asking(model, torch.zeros(1, 3))
+    failed, fine = meeting.run([panicking, asking], [model])
+    assert isinstance(failed.error, RuntimeError) and str(failed.error) == "Panic: index out of bounds"
+    assert fine.error is None and len(asking.got) == 1
+
+
+def test_parts_that_can_not_all_have_a_thread_fail_and_leave_none_waiting(
+    model: Model, meeting: Meeting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, before = threading.Thread.start, threading.active_count()
+
+    def scarce(thread: threading.Thread) -> None:
+        if threading.active_count() > before:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", scarce)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            meeting.run([Asking(model, torch.zeros(1, 3)) for _ in range(2)], [model])
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+    asking = Asking(model, torch.zeros(1, 3))
+    meeting.run([asking, Asking(model, torch.ones(1, 3))], [model])
+    assert len(asking.got) == 1
+
+
 def test_the_same_tokens_are_computed_once_and_given_as_copies(model: Model, meeting: Meeting) -> None:
     tokens = torch.tensor([[1, 2, 3]])
     parts = [Asking(model, tokens.clone()), Asking(model, tokens.clone()), Asking(model, tokens + 1)]

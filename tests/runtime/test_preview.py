@@ -264,6 +264,32 @@ def test_a_model_that_cannot_be_fitted_has_no_previews_and_is_asked_once(
     assert caplog.text.count("there are no previews of this model") == 1
 
 
+def test_a_lack_of_memory_while_it_is_fitted_is_not_the_end_of_previews(
+    model: Model, decoder: DecoderLane, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("others are loading")
+        yield
+
+    decode(decoder, handed(model, 2, num_inference_steps=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Palette, "draw", fail)
+        assert decoder.projection(20) is None
+    assert decoder.projection(60) is not None
+
+
+def test_a_state_that_cannot_be_kept_for_previews_is_decoded_all_the_same(
+    model: Model, decoder: DecoderLane, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> bytes:
+        raise MemoryError
+
+    state = handed(model, 2, num_inference_steps=1)
+    monkeypatch.setattr(State, "to_bytes", fail)
+    assert isinstance(decode(decoder, state), State)
+    assert decoder._sample is None
+
+
 def test_a_lane_is_closed_while_it_fits(model: Model) -> None:
     lane = DecoderLane(model, "test", threads=1)
     decode(lane, handed(model, 2, num_inference_steps=1))

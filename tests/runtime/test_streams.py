@@ -54,6 +54,22 @@ def test_what_a_device_fails_at_is_its_requests_end_not_its_lanes(
     lane.close()
 
 
+def test_a_lack_of_memory_is_told_whatever_it_is_raised_as() -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**46, dtype=torch.uint8)
+    assert streams.lacks_memory(refused.value), "the CPU's allocator has no class for it"
+    assert streams.lacks_memory(torch.OutOfMemoryError("no room")) and streams.lacks_memory(MemoryError())
+    assert not streams.lacks_memory(RuntimeError("sizes do not match"))
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this PyTorch has no class for it")
+@pytest.mark.parametrize(("code", "memory"), [(2, True), (700, False)])
+def test_an_accelerator_s_error_is_a_lack_of_memory_by_its_code(code: int, memory: bool) -> None:
+    error = torch.AcceleratorError("CUDA error")
+    error.error_code = code
+    assert streams.lacks_memory(error) is memory
+
+
 def test_a_stopwatch_times_a_cpu_at_once() -> None:
     watch = streams.Stopwatch(torch.device("cpu"))
     time.sleep(0.02)

@@ -109,6 +109,9 @@ class Attempt:
         from triptych.runtime.preview import Previews, Projection
 
         def done(outcome: State | Exception) -> None:
+            with self._lock:  # it knows this function: in a circle its state would stay until Python looks for those
+                work, self._work = self._work, None
+            assert work is not None
             ended(outcome, work.seconds)
 
         def report(stage: str, step: int, steps: int) -> None:
@@ -126,7 +129,8 @@ class Attempt:
 
 
 class Attempts:
-    """The attempts of a process, by ticket. Each is there from whatever comes first until its router knows its end."""
+    """The attempts of a process, by ticket. Each is there from whatever comes first until its router knows its end, or has
+    not named it for long."""
 
     def __init__(self) -> None:
         self._all: dict[str, Attempt] = {}

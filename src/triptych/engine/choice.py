@@ -57,9 +57,10 @@ class Choice:
         return best if best in room else None
 
     def _holder(self, prompt: object, room: Sequence[Replica]) -> Replica:
-        """Return the encoder that has a prompt in its cache already, if it has room, or the one that will have it."""
+        """Return the encoder that has a prompt in its cache already, or the one that will have it; an idle one first."""
         name = self._encoded.pop(prompt, None)
-        replica = next((each for each in room if each.name == name), min(room, key=lambda each: each.backlog))
+        free = [each for each in room if not each.tickets] or room
+        replica = next((each for each in free if each.name == name), min(free, key=lambda each: each.backlog))
         self._encoded[prompt] = replica.name
         if len(self._encoded) > _PROMPTS:
             self._encoded.popitem(last=False)

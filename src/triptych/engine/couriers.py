@@ -30,8 +30,8 @@ class Couriers:
     """Read the states that come, hand on those that segments leave, and tell the router.
 
     The thread that drives a lane writes and sends a modest state itself, where that lies in the CPU's memory: it is quicker
-    than to wake another one. What would keep it, larger states, other devices and the router, is left to threads of their
-    own.
+    than to wake another one. What would keep it is left to threads of their own: larger states, other devices, and to wait for
+    an answer.
 
     Args:
         attempts: those of this process; one is forgotten when its router knows its end.

@@ -97,7 +97,7 @@ Heard = TypeVar("Heard", Order, Answer)
 
 
 class Inbox(Generic[Heard]):
-    """Receives messages of one kind, each with a state, one after another in a thread of its own.
+    """Receives messages of one kind, each with a state, in a thread of its own; one that is long in coming in another.
 
     The socket is one of Linux's that have a name but no file, so that nothing of a killed process is left. It hears
     this user's processes only.

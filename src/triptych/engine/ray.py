@@ -34,6 +34,7 @@ from triptych.engine.replica import Handover
 from triptych.engine.router import Router
 from triptych.errors import (
     ModelError,
+    ReplicaLost,
     ReplicaRefusedError,
     UsageError,
 )
@@ -194,9 +195,9 @@ class RayEngine(Engine):
         return None
 
     def served(self) -> set[RoleType]:
-        """Return the roles that have a replica, or a pool that has none until there is work."""
-        asleep = [name for name, pool in self._keeper.pools.items() if pool["target"] == 0 < pool["most"]]
-        return super().served().union(*(parse_roles(name) for name in asleep))
+        """Return the roles that have a replica, or a pool that has none until there is work: it wakes when that comes."""
+        wakes = [name for name, pool in self._keeper.pools.items() if pool["least"] == 0 < pool["most"]]
+        return super().served().union(*(parse_roles(name) for name in wakes))
 
     @property
     def replicas(self) -> list[RayReplica]:
@@ -253,6 +254,7 @@ class RayEngine(Engine):
                 log.warning("the cluster does not answer: %s", error)
             except ReplicaRefusedError as error:
                 log.warning("this router has no part in the cluster's service: %s", error)
+                self.router.cancel_all(ReplicaLost(f"the service is another one now: {error}"))
             except Exception:  # without this thread nobody would hear whether replicas live
                 log.exception("the pools could not be looked after")
 

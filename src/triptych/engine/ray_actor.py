@@ -161,6 +161,7 @@ class ReplicaActor:
             "niceness": os.getpriority(os.PRIO_PROCESS, 0),
             "node": ray.get_runtime_context().get_node_id(),
             "host": socket.gethostname(),
+            "user": os.getuid(),
             "inbox": self._inbox.address,
         }
 

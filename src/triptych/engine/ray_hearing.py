@@ -34,7 +34,7 @@ class Hearing:
     """Ends the tickets of a router with what its replicas tell, whichever way that comes.
 
     Attributes:
-        inbox: what comes straight from replicas on this machine, each heard in the inbox's own thread.
+        inbox: what comes straight from replicas on this machine, heard in the inbox's threads.
     """
 
     def __init__(self, router: Router) -> None:

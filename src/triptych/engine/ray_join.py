@@ -18,7 +18,7 @@ from triptych.components.acceleration import parse_acceleration
 from triptych.engine.local import PROMPT_CACHE
 from triptych.engine.ranks import check_machine, placed
 from triptych.engine.ray_cluster import connect, start_replica
-from triptych.engine.ray_register import find_register
+from triptych.engine.ray_register import JOINED, find_register
 from triptych.engine.ray_replica import SILENCE_LOADING
 from triptych.errors import ModelError, ReplicaRefusedError
 from triptych.roles import RoleType
@@ -74,7 +74,7 @@ def join(
     options: dict[str, Any] = {"dtype": dtype, "tasks": tasks, "revision": revision, "variant": variant}
     options["acceleration"] = parse_acceleration(acceleration)
     role = RoleType(role)
-    name = f"{role.value}-{secrets.token_hex(3)}"
+    name = f"{JOINED}{role.value}-{secrets.token_hex(3)}"
     reserved, options = placed({role}, {} if gpus is None else {role: gpus}, options)
     check_machine(reserved)
     expected = ray.get(register.identity.remote())

@@ -216,11 +216,15 @@ class PoolKeeper:
             mine = self._of(name)
             for _ in range(pool["target"] - len(mine)):
                 replica = f"{name}-{secrets.token_hex(3)}"
-                actor = start_replica(replica, roles=name, **pool["arguments"])
+                try:  # first, so that it is found by others, and ended, though this router should die now
+                    ray.get(self._register.add.remote(replica, name), timeout=_BRIEF)
+                    actor = start_replica(replica, roles=name, **pool["arguments"])
+                except BaseException:
+                    self._register.remove.remote(replica)
+                    raise
                 self.replicas[replica] = self._replica(replica, name, actor)
                 # Known here, too: a register that is started anew learns of it from us.
                 self._members[replica] = {"pool": name, "joined": False, "draining": False}
-                ray.get(self._register.add.remote(replica, name), timeout=_PATIENCE)
             for surplus in sorted(mine, key=_use)[: max(0, len(mine) - pool["target"])]:
                 surplus.draining = True
                 self._register.drain.remote(surplus.name)

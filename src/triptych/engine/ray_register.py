@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "triptych"
 REGISTER = "register"
+JOINED = "joined-"
+"""What the names of replicas begin with that end with the process that added them."""
 SILENT = 5.0
 """Seconds after which a router that was not heard is taken to be gone."""
 _STARTING = 60.0
@@ -45,6 +47,7 @@ class Register:
         # Seconds that this process has run, not those that have passed: while it is stopped it could hear nobody.
         self._now = self._heard = 0
         self._orphaned = orphaned
+        self._swept = False  # whether all replicas were ended for want of a router
         threading.Thread(target=self._watch, daemon=True).start()
 
     def identity(self) -> dict[str, str] | None:
@@ -139,6 +142,7 @@ class Register:
 
     def _hear(self, router: str) -> None:
         self._heard = self._routers[router] = self._now  # one that is known keeps its place
+        self._swept = False
 
     def _alive(self) -> list[str]:
         self._routers = {name: heard for name, heard in self._routers.items() if self._now - heard < SILENT}
@@ -162,8 +166,13 @@ class Register:
         while True:
             time.sleep(1)
             self._now += 1
-            if self._members and self._now - self._heard > self._orphaned:
-                self._end()
+            if not self._swept and self._now - self._heard > self._orphaned:
+                self._swept = True
+                try:
+                    self._end()
+                    sweep()
+                except Exception:  # without this thread no router would ever be taken to be gone
+                    log.exception("replicas without a router could not be ended")
 
 
 def end(name: str) -> None:
@@ -172,6 +181,14 @@ def end(name: str) -> None:
         ray.kill(ray.get_actor(name, namespace=NAMESPACE))
     except (ValueError, RayError) as error:
         log.info("%s is gone already: %s", name, error)
+
+
+def sweep() -> None:
+    """End all replicas but those that joined, even such as a register that was started anew has never heard of."""
+    for each in ray.util.list_named_actors(all_namespaces=True):
+        name = each["name"]
+        if each["namespace"] == NAMESPACE and name != REGISTER and not name.startswith(JOINED):
+            end(name)
 
 
 def open_register(router: str, identity: dict[str, str], *, orphaned: float = ORPHANED) -> Any:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class RayReplica(Replica):
         actor: Ray's handle.
         state: `starting` until it has loaded, `ready`, or `closed`.
         told: what it last told of itself.
-        joined: whether a process of its own added it: that one ends it, too.
+        joined: whether a process of its own added it, and ends it when it is drained.
     """
 
     def __init__(
@@ -72,9 +73,9 @@ class RayReplica(Replica):
         self.failed: float | None = None  # since when it is known that it will never be
         self.losses = 0  # times it died or hung
         self._loading = False  # whether the process that it has now has given a sign of life, but has not loaded
+        self._left: list[str] = []  # tickets that it had when it was taken to be lost
         self._quiet = 0  # signs of life since it was to be given nothing more, in which it had nothing
         self._reply = reply  # where this router hears what is told straight
-        self._home: str = ray.get_runtime_context().get_node_id()  # the machine of this router
         self._later = later
         self._asking = threading.Lock()
 
@@ -166,7 +167,7 @@ class RayReplica(Replica):
             self._loading = True
             return
         self._note(beat)
-        if self.state == "starting":
+        if self.state == "starting" and self.asked is not None:  # else it was lost meanwhile
             self._let_in(router)
 
     def _hear_error(self, router: Router, error: BaseException) -> None:
@@ -222,7 +223,14 @@ class RayReplica(Replica):
                 self.name,
                 self.told["niceness"],
             )
+        for (
+            ticket
+        ) in self._left:  # Ray may have told of a death where only the network failed: then it computes them still
+            self.actor.cancel.remote(ticket)
+        self._left = []
         router.add(self)
+        if self.state != "ready":  # it was lost meanwhile, in another thread
+            router.remove(self, f"{self.name} died")
 
     @property
     def silent(self) -> float:
@@ -268,9 +276,15 @@ class RayReplica(Replica):
             return False
         return told.rpartition(")")[2].split()[0] == "T"  # after its name, which may hold anything
 
+    @cached_property
+    def _home(self) -> str:
+        """Ray's name of this router's machine."""
+        mine: str = ray.get_runtime_context().get_node_id()
+        return mine
+
     @property
     def _is_here(self) -> bool:
-        return self.node == self._home
+        return self.node == self._home and self.told.get("user") == os.getuid()
 
     @property
     def node(self) -> str | None:
@@ -285,6 +299,7 @@ class RayReplica(Replica):
         elif self.state != "closed":
             self.state, self.asked = "starting", None
             self.losses += 1
+            self._left = [ticket.name for ticket in self.tickets]
             log.warning("%s; its requests go elsewhere, and it is started anew", reason)
             router.remove(self, reason)
 
@@ -293,7 +308,7 @@ class RayReplica(Replica):
         ray.kill(self.actor, no_restart=True)
 
     def describe(self) -> dict[str, Any]:
-        told = {name: value for name, value in self.told.items() if name != "inbox"}
+        told = {name: value for name, value in self.told.items() if name not in ("inbox", "user")}
         return {**told, **super().describe(), "state": self.state}
 
     def _when_there(self, future: Future[Any], what: str, *details: Any) -> None:

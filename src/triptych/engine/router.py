@@ -84,7 +84,7 @@ class Router:
             self._proceed(job, handover)
 
     def cancel(self, job: Job, error: Exception | None = None) -> None:
-        """Stop a job; it ends as soon as a replica is not computing for it any more, or at once where it waits."""
+        """End a job at once; what a replica computes for it keeps its place there until it has stopped."""
         error = error or Cancelled("the request was cancelled")
         with self._lock:
             if job not in self._jobs:
@@ -140,7 +140,8 @@ class Router:
     def add(self, replica: Replica) -> None:
         """Let a replica take part."""
         with self._lock:
-            self.replicas.append(replica)
+            if replica not in self.replicas:
+                self.replicas.append(replica)
             self._dispatch()
 
     def remove(self, replica: Replica, reason: str) -> None:

@@ -43,7 +43,9 @@ def measure(stage: Denoising, sample: Forward, interrupted: Callable[[], bool]) 
     while copies * sample.rows(stage.shared) <= MOST_ROWS and vain < 2:
         try:
             least = _compare(stage, sample, (best, copies), interrupted)
-        except streams.LACK_OF_MEMORY:
+        except Exception as error:
+            if not streams.lacks_memory(error):
+                raise
             break
         if least is None:
             return None
@@ -103,7 +105,9 @@ def rehearse(stage: Denoising, sample: Forward, budget: int) -> int:
         try:
             stage.predict([replace(sample) for _ in range(copies)], exact=False)
             streams.wait(stage.device)
-        except streams.LACK_OF_MEMORY:
+        except Exception as error:
+            if not streams.lacks_memory(error):
+                raise
             log.warning("%d requests in one forward do not fit into memory: half of them are tried", copies)
             budget = (copies := copies // 2) * sample.size
         else:
@@ -120,7 +124,7 @@ def key(fingerprint: str, device: torch.device, dtype: torch.dtype, threads: int
 
 def cache_file() -> Path:
     """Return where measured budgets are kept: `budgets.json` in `$TRIPTYCH_CACHE`, or in `~/.cache/triptych`."""
-    return Path(os.environ.get("TRIPTYCH_CACHE") or Path.home() / ".cache" / "triptych", "budgets.json")
+    return Path(os.environ.get("TRIPTYCH_CACHE") or os.path.expanduser("~/.cache/triptych"), "budgets.json")
 
 
 def recall(name: str) -> int | None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from triptych.errors import Cancelled, WireError
+from triptych.errors import Cancelled
+from triptych.runtime import streams
 from triptych.runtime.crew import Crew
 from triptych.runtime.lanes import Lane, Work
 from triptych.runtime.model import Model
@@ -89,8 +90,12 @@ class DecoderLane(Lane):
             self._sample = None
             work.done(work.state)
         except Exception as error:  # noqa: BLE001 (previews are never worth more than a warning)
-            log.warning("%s: there are no previews of this model: %s", self.name, error)
-            self._palette = self._sample = None
+            if streams.lacks_memory(error):  # others may have it for now: whoever asks next has it tried again
+                log.warning("%s: there is no memory now to learn what previews look like: %s", self.name, error)
+                self._fitted = None
+            else:
+                log.warning("%s: there are no previews of this model: %s", self.name, error)
+                self._palette = self._sample = None
             work.done(error)
 
     def _run_together(self, works: list[Work]) -> None:
@@ -123,7 +128,7 @@ class DecoderLane(Lane):
         if self._sample is None or _size(state.fields) < _size(self._sample.fields):
             try:
                 self._sample = State.from_bytes(bytes(state.to_bytes()))  # not a view of what the sender may want back
-            except WireError as error:
+            except Exception as error:  # noqa: BLE001 (previews are never worth more than a warning)
                 log.warning("%s: a state cannot be kept for previews: %s", self.name, error)
 
 

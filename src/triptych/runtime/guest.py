@@ -23,6 +23,11 @@ def is_guest() -> bool:
     return _guest.get() is not None
 
 
+def as_exception(error: BaseException) -> Exception:
+    """Return an error as one that is a request's end and no more: what a library written in Rust panics with is none."""
+    return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
+
+
 class Guest:
     """A part of one request's work, in a thread that is awake only from `resume` to its next call, or its end.
 
@@ -68,9 +73,7 @@ class Guest:
     def error(self) -> Exception | None:
         """What ended it early."""
         error = self._future.exception()
-        if error is not None and not isinstance(error, Exception):
-            raise error
-        return error
+        return None if error is None else as_exception(error)
 
     def _live(self, part: Callable[[], None]) -> None:
         _guest.set(self)

@@ -16,6 +16,7 @@ import torch
 from triptych.errors import Cancelled, DeadlineExceeded, MemoryShortageError, TriptychError
 from triptych.runtime import streams
 from triptych.runtime.crew import Crew
+from triptych.runtime.guest import as_exception
 from triptych.runtime.meeting import KINDS, Meeting
 from triptych.runtime.model import Model
 from triptych.runtime.pace import Appetite
@@ -147,9 +148,9 @@ class Lane:
         """Run a segment, or those that may go with it; or make a trial call where there is none."""
         try:
             self._work()
-        except Exception as error:  # by a defect of ours; whoever drives the lane is to drive on
+        except BaseException as error:  # a defect of ours, or a library's panic; whoever drives the lane is to drive on
             log.exception("%s: an error outside any request", self.name)
-            self._recover(error)
+            self._recover(as_exception(error))
 
     def _recover(self, error: Exception) -> None:
         """Let go of the requests that an error may have to do with; those that wait are still to come."""
@@ -288,7 +289,7 @@ class Lane:
             if not isinstance(outcome, TriptychError):
                 log.error("%s: a request failed", self.name, exc_info=outcome)
             _forget_frames(outcome)
-            if isinstance(outcome, streams.LACK_OF_MEMORY):
+            if streams.lacks_memory(outcome):
                 outcome = MemoryShortageError(f"there was not enough memory for it at {self.name}: {outcome}")
         self._taken.discard(work)
         try:

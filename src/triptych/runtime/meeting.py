@@ -104,10 +104,12 @@ class Meeting:
             self._places = max(len(parts), MOST_ROWS)  # a part without a thread would hold up all the others
             alike = streams.like_this_thread(self.device)
             self._threads = ThreadPoolExecutor(self._places, "meeting", initializer=alike)
-        guests = [Guest(part, self._threads) for part in parts]
+        guests: list[Guest] = []
         with calls_stop([each for each in modules if not self._is_compiled(each)]):
-            awake = guests
             try:
+                for part in parts:
+                    guests.append(Guest(part, self._threads))
+                awake = guests
                 while awake:
                     for guest in awake:
                         guest.resume()
@@ -120,6 +122,10 @@ class Meeting:
             except BaseException as error:
                 for guest in guests:
                     guest.dismiss(error)
+                self._threads.shutdown(
+                    wait=False, cancel_futures=True
+                )  # one may be waited for that could not be started
+                self._threads = None
                 raise
         return guests
 

@@ -11,6 +11,7 @@ import torch
 
 from triptych.components.step_cache import is_cached
 from triptych.errors import TriptychError
+from triptych.roles import RoleType
 from triptych.runtime import budget, streams
 from triptych.runtime.crew import Crew
 from triptych.runtime.lanes import Lane, Work
@@ -102,7 +103,8 @@ class StepLane(Lane):
             self.budget, self._shrunk = self._shrunk[0], None
         if self._is_curious and (self._impatient or not (self._waiting or self._active)):
             assert self._sample is not None
-            self._try_out(*self._sample)
+            with self._turn():
+                self._try_out(*self._sample)
         with self._arriving:
             arrived, self._waiting = self._waiting, deque()
             self._taken.update(arrived)
@@ -149,7 +151,10 @@ class StepLane(Lane):
     def _budget_key(self, sample: Forward) -> str:
         dtype = next(value.dtype for value in sample.inputs.values() if isinstance(value, torch.Tensor))
         identity = self.model.identity
-        model = "/".join(identity[name] for name in ("fingerprint", "acceleration") if name in identity)
+        asked = self.model.accelerated.asked.get(RoleType.DENOISER)
+        # All that was asked for: what changes no number, like offloading, changes what a forward costs.
+        parts = (identity["fingerprint"], identity.get("acceleration"), None if asked is None else str(asked))
+        model = "/".join(part for part in parts if part is not None)
         return budget.key(model, self.model.device, dtype, torch.get_num_threads())
 
     def _join(self, work: Work) -> None:
@@ -198,7 +203,8 @@ class StepLane(Lane):
         now = time.monotonic()
         first, *others = sorted(self._active, key=lambda runner: self._urgency(runner, now))
         chosen, size = [first], first.size
-        if first.turn.exact or not self.budget:
+        shared = self.budget if self._shrunk is None else self._shrunk[0]  # a lack of memory allows nothing more
+        if first.turn.exact or not self.budget or not shared:
             return chosen
         stage, form = first.turn.stage, first.turn.stage.form(first.turn.forwards[0])
         for other in others:
@@ -218,9 +224,10 @@ class StepLane(Lane):
             self._timed.append((watch, [(runner, runner.size) for runner in chosen]))
             self._account()
         except Exception as error:  # noqa: BLE001 (a request must not fail because of those beside it)
-            full = isinstance(error, streams.LACK_OF_MEMORY)
+            full = streams.lacks_memory(error)
             half, first = sum(runner.size for runner in chosen) // 2, chosen[0].turn
-            branches = len(first.forwards) > 1 and not first.exact and (not self.budget or self.budget > half)
+            joined = len(first.stage.groups(first.forwards, self.budget or None)) < len(first.forwards)
+            branches = joined and not first.exact and (not self.budget or self.budget > half)
             if len(chosen) == 1 and not (full and branches):  # else its own branches run apart
                 self._leave(chosen[0], error)
                 return

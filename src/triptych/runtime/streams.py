@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-LACK_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
-"""What is raised where a device, or this machine, has not enough memory."""
+_CUDA_OUT_OF_MEMORY = 2
+"""CUDA's code for it: https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html (cudaErrorMemoryAllocation)"""
 
 
 def open_stream(device: torch.device) -> torch.cuda.Stream | None:
@@ -39,12 +39,26 @@ def wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether an error tells that a device, or this machine, has not enough memory.
+
+    PyTorch's allocator for the CPU has no class for it, and what is asked of CUDA beside its own allocator has only a code.
+    """
+    if isinstance(error, _accelerator_error()):
+        return getattr(error, "error_code", None) == _CUDA_OUT_OF_MEMORY
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
 def is_broken(error: BaseException, device: torch.device) -> bool:
     """Return whether an error comes from a device that has failed its process: nothing works there any more.
 
     The error alone does not tell: a lack of memory may look the same, and so does a tensor on another device that failed.
     """
-    return isinstance(error, getattr(torch, "AcceleratorError", ())) and not answers(device)  # it is there from 2.8 on
+    return isinstance(error, _accelerator_error()) and not answers(device)
+
+
+def _accelerator_error() -> tuple[type[Exception], ...]:
+    return tuple(each for each in [getattr(torch, "AcceleratorError", None)] if each is not None)  # from PyTorch 2.8 on
 
 
 def answers(device: torch.device) -> bool:
@@ -64,7 +78,7 @@ def wait_for(values: Any) -> None:
 
 
 class Stopwatch:
-    """Times what this thread asks of a device from now until `stop`, without waiting for the device."""
+    """Times what this thread asks of a device from now until `stop`; on CUDA without waiting for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -93,6 +107,7 @@ class Stopwatch:
 
     def _mark(self) -> Any:
         if self._device.type != "cuda":
+            wait(self._device)  # other accelerators are not asked to tell the time
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))

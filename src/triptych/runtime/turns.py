@@ -95,7 +95,8 @@ class Turns:
                 if self.one_by_one and not self._told:
                     self._told = True
                     log.info(
-                        "roles hold each other up at Python's lock and take turns: in processes of their own they overlap"
+                        "roles hold each other up at Python's lock and take turns: in processes of their own they overlap, "
+                        "and in a Python without it (3.14t, PYTHON_GIL=0)"
                     )
             self._then = now
 

@@ -311,7 +311,7 @@ def default_folder(source: str) -> Path:
     local = os.path.expanduser(source)  # as the model is looked for
     source = os.path.realpath(local) if os.path.isdir(local) else source
     cache, state = os.environ.get("TRIPTYCH_CACHE"), os.environ.get("XDG_STATE_HOME")
-    base = Path(cache, "state") if cache else Path(state or Path.home() / ".local" / "state", "triptych")
+    base = Path(cache, "state") if cache else Path(state or os.path.expanduser("~/.local/state"), "triptych")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.rstrip("/").rpartition("/")[2])[:60] or "model"
     return base / f"{name}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
 
