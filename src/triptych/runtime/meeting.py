@@ -120,12 +120,11 @@ class Meeting:
                     for guest, call in zip(awake, calls):
                         guest.seconds += call.seconds
             except BaseException as error:
+                # First, so that no thread takes up a part that nobody would let go on: one that could not have its own.
+                self._threads.shutdown(wait=False, cancel_futures=True)
+                self._threads = None
                 for guest in guests:
                     guest.dismiss(error)
-                self._threads.shutdown(
-                    wait=False, cancel_futures=True
-                )  # one may be waited for that could not be started
-                self._threads = None
                 raise
         return guests
 
