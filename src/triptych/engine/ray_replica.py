@@ -223,9 +223,8 @@ class RayReplica(Replica):
                 self.name,
                 self.told["niceness"],
             )
-        for (
-            ticket
-        ) in self._left:  # Ray may have told of a death where only the network failed: then it computes them still
+        # Ray may have told of a death where only the network failed: then it computes them still.
+        for ticket in self._left:
             self.actor.cancel.remote(ticket)
         self._left = []
         router.add(self)
