@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+_ACCELERATOR_ERROR: Any = getattr(torch, "AcceleratorError", ())  # it is there from 2.8 on
 _CUDA_OUT_OF_MEMORY = 2
 """CUDA's code for it: https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html (cudaErrorMemoryAllocation)"""
 
@@ -44,7 +45,7 @@ def lacks_memory(error: BaseException) -> bool:
 
     PyTorch's allocator for the CPU has no class for it, and what is asked of CUDA beside its own allocator has only a code.
     """
-    if isinstance(error, _accelerator_error()):
+    if isinstance(error, _ACCELERATOR_ERROR):
         return getattr(error, "error_code", None) == _CUDA_OUT_OF_MEMORY
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
@@ -54,11 +55,7 @@ def is_broken(error: BaseException, device: torch.device) -> bool:
 
     The error alone does not tell: a lack of memory may look the same, and so does a tensor on another device that failed.
     """
-    return isinstance(error, _accelerator_error()) and not answers(device)
-
-
-def _accelerator_error() -> tuple[type[Exception], ...]:
-    return tuple(each for each in [getattr(torch, "AcceleratorError", None)] if each is not None)  # from PyTorch 2.8 on
+    return isinstance(error, _ACCELERATOR_ERROR) and not answers(device)
 
 
 def answers(device: torch.device) -> bool:

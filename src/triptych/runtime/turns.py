@@ -41,7 +41,7 @@ class Turns:
         self._computing = 0
         self._waiting: deque[threading.Lock] = deque()
         self._spent = [0.0, 0.0, 0.0]  # while two or more computed: seconds, CPU seconds, waits
-        self._then = self._usage()
+        self._then = 0.0, 0.0, 0.0  # what had been used at the last look; there is none while one computes by itself
         self._until = 0.0  # when turns end
         self._told = False
 
