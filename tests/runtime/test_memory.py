@@ -102,20 +102,29 @@ memory.gather()
 print(once - before, huge() - once, kept == more)
 """
 
+HAS_ONE = """
+import mmap, sys
+size = int(sys.argv[1])
+with mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as room:  # one of them whole, wherever it begins
+    room.write(bytes(2 * size))
+    room.madvise(25)  # MADV_COLLAPSE
+"""
+
 
 def gathered(longest: float) -> list[str]:
     command = [sys.executable, "-c", GATHERED, str(longest)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=60).stdout.split()
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=120).stdout.split()
 
 
 @pytest.mark.skipif(memory._huge_page() is None, reason="the system has no huge pages")
 def test_what_a_process_holds_comes_to_lie_in_huge_pages_once_and_stays_what_it_was() -> None:
-    once, again, same = gathered(memory.LONGEST)
-    if once == "0":
-        pytest.skip("the system gathers nothing: it is older than Linux 6.1, or has no huge page left")
-    assert int(once) > 10 * MB
+    once, again, same = gathered(60.0)
     assert int(again) == 0, "a process is gathered once"
     assert same == "True"
+    # How many the system has left is up to what else runs: one tells that it was asked.
+    if once == "0" and subprocess.run([sys.executable, "-c", HAS_ONE, str(memory._huge_page())], check=False).returncode:
+        pytest.skip("the system gathers nothing: it is older than Linux 6.1, or has no huge page left")
+    assert int(once) > 0
 
 
 @pytest.mark.skipif(memory._huge_page() is None, reason="the system has no huge pages")
