@@ -122,7 +122,8 @@ def test_what_a_process_holds_comes_to_lie_in_huge_pages_once_and_stays_what_it_
     assert int(again) == 0, "a process is gathered once"
     assert same == "True"
     # How many the system has left is up to what else runs: one tells that it was asked.
-    if once == "0" and subprocess.run([sys.executable, "-c", HAS_ONE, str(memory._huge_page())], check=False).returncode:
+    asking = [sys.executable, "-c", HAS_ONE, str(memory._huge_page())]
+    if once == "0" and subprocess.run(asking, check=False).returncode:
         pytest.skip("the system gathers nothing: it is older than Linux 6.1, or has no huge page left")
     assert int(once) > 0
 

@@ -2,10 +2,14 @@
 
 import io
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ from triptych import embedded
 from triptych.errors import ParameterError, UsageError
 from triptych.result import Result
 from triptych.server import formats
+from triptych.server import spool as spool_module
 from triptych.server.limits import Limits
 from triptych.server.problems import Refusal
 from triptych.server.spool import Spool, SpoolError
@@ -184,6 +189,39 @@ def test_a_dropped_result_cannot_be_had_and_leaves_nothing() -> None:
     with pytest.raises(SpoolError):
         Spool(100).put("req_2", video())
     spool.close()
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from triptych.server.spool import Spool
+spool = Spool(10**9)
+pathlib.Path(spool._temporary.name, "req_1").mkdir()
+print(spool._temporary.name, flush=True)
+sys.stdin.read(1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # which is asked for anew
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        theirs = Path(process.stdout.readline().strip())
+        monkeypatch.setattr(spool_module, "_YOUNG", -1.0)
+        Spool(10**9).close()
+        assert (theirs / "req_1").is_dir(), "it lives"
+        process.stdin.write("x")
+    monkeypatch.setattr(spool_module, "_YOUNG", 60.0)
+    Spool(10**9).close()
+    assert theirs.is_dir(), "another one may be about to lock it"
+    monkeypatch.setattr(spool_module, "_YOUNG", -1.0)
+    other = Spool(10**9)
+    assert not theirs.exists()
+    other.close()
+    other.close()  # a second time is nothing
 
 
 def test_a_result_that_is_dropped_while_its_file_is_made_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

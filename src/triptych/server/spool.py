@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,9 @@ from triptych.server.jobs import is_ours
 _RESULT, _THUMBNAIL = "result.safetensors", "thumbnail.webp"
 _THUMBNAIL_SIDE = 512
 """Pixels of its longer side, at most."""
+_PREFIX = "triptych-results-"
+_YOUNG = 60.0
+"""Seconds; a temporary folder that is younger may be one that its process has not locked yet."""
 
 
 class SpoolError(TriptychError):
@@ -36,7 +42,10 @@ class Spool:
     def __init__(self, quota: int, lasting: Path | None = None) -> None:
         self.quota = quota
         self.lasting = lasting
-        self._temporary = TemporaryDirectory(prefix="triptych-results-")
+        _sweep(Path(tempfile.gettempdir()))
+        self._temporary = TemporaryDirectory(prefix=_PREFIX)
+        self._mine: int | None = os.open(self._temporary.name, os.O_RDONLY)
+        fcntl.flock(self._mine, fcntl.LOCK_EX)
         self._lasting: set[str] = set()
         self._sizes: dict[str, int] = {}
         self._making: dict[str, dict[str, threading.Lock]] = {}  # of each result, by the suffix of what is made of it
@@ -180,7 +189,10 @@ class Spool:
 
     def close(self) -> None:
         """Forget all of them but the lasting ones."""
-        self._temporary.cleanup()
+        if self._mine is not None:
+            self._temporary.cleanup()
+            os.close(self._mine)
+            self._mine = None
 
     def _count(self, name: str, size: int) -> None:
         with self._lock:
@@ -193,6 +205,23 @@ class Spool:
 
     def _folder(self, name: str) -> Path:
         return (self.lasting if name in self._lasting and self.lasting else Path(self._temporary.name)) / name
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what spools of processes left behind that were killed: nobody has locked their folders any more."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        try:
+            opened = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+        except OSError:
+            continue  # somebody else's, or gone already
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() > os.fstat(opened).st_mtime + _YOUNG:
+                shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass  # it is being used
+        finally:
+            os.close(opened)
 
 
 def _save_thumbnail(result: Result, path: Path) -> None:
