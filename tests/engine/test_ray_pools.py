@@ -761,8 +761,13 @@ def test_a_pool_that_wakes_does_not_make_the_service_unready() -> None:
     engine = object.__new__(RayEngine)
     engine.router = Router(lambda handover: handover.payload)
     pool = {"least": 0, "most": 2, "target": 1}
-    engine._keeper = SimpleNamespace(pools={"denoiser": pool})  # type: ignore[assignment]
+    replica = SimpleNamespace(pool="denoiser", failed=None)
+    keeper = SimpleNamespace(pools={"denoiser": pool}, replicas={"denoiser-1": replica})
+    engine._keeper = keeper  # type: ignore[assignment]
     assert engine.served() == {RoleType.DENOISER}
+    replica.failed = time.monotonic()
+    assert engine.served() == set(), "it tried, and cannot"
+    replica.failed = None
     pool["least"] = 1
     assert engine.served() == set()
 

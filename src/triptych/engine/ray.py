@@ -195,8 +195,13 @@ class RayEngine(Engine):
         return None
 
     def served(self) -> set[RoleType]:
-        """Return the roles that have a replica, or a pool that has none until there is work: it wakes when that comes."""
-        wakes = [name for name, pool in self._keeper.pools.items() if pool["least"] == 0 < pool["most"]]
+        """Return the roles that have a replica, or a pool that has none until there is work: it wakes when that comes.
+
+        One whose replicas turn out not to start does not wake.
+        """
+        broken = {each.pool for each in self.replicas if each.failed is not None}
+        sleepers = [name for name, pool in self._keeper.pools.items() if pool["least"] == 0 < pool["most"]]
+        wakes = [name for name in sleepers if name not in broken]
         return super().served().union(*(parse_roles(name) for name in wakes))
 
     @property
