@@ -163,12 +163,15 @@ def arrays(draw: st.DrawFn) -> np.ndarray:
 
 @st.composite
 def images(draw: st.DrawFn) -> Image.Image:
-    mode = draw(st.sampled_from(["1", "L", "LA", "RGB", "RGBA"]))
+    mode = draw(st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"]))
     width, height = draw(st.integers(1, 9)), draw(st.integers(1, 3))
     bands = len(Image.new(mode, (1, 1)).getbands())
-    size = width * height * bands
+    size = width * height * bands * (2 if mode == "I;16" else 1)
     data = draw(st.binary(min_size=size, max_size=size))
     image = Image.frombytes("L" if mode == "1" else mode, (width, height), data)
+    if mode == "P":
+        kind = draw(st.sampled_from(["RGB", "RGBA"]))
+        image.putpalette(draw(st.binary(min_size=len(kind), max_size=256 * len(kind))), kind)
     return image.convert("1") if mode == "1" else image
 
 
@@ -340,7 +343,18 @@ def test_an_image_keeps_its_orientation_and_transparency(tmp_path) -> None:
     assert back.convert("RGBA").getpixel((0, 0)) == image.convert("RGBA").getpixel((0, 0)) == (255, 0, 0, 0)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA"])
+def test_a_transparent_colour_of_a_palette_arrives(tmp_path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "a.png", transparency=1)
+    image = Image.open(tmp_path / "a.png")
+    back = round_trip({"image": image})["image"]
+    assert back.mode == image.mode == "P"
+    assert [back.convert("RGBA").getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0, 255), (0, 255, 0, 0)]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
 def test_an_image_without_pixels_is_carried(mode: str) -> None:
     assert round_trip({"x": Image.new(mode, (0, 5))})["x"].size == (0, 5)
 
@@ -456,7 +470,7 @@ Point = collections.namedtuple("Point", "x y")
         np.array(["a"]), np.array([None]), np.str_("a"), np.datetime64("2020-01-01"), np.complex128(1), np.array(1, ">f4"),
         np.ma.array([1]), np.longdouble(1), torch.ones(1, dtype=torch.complex128), torch.ones(2).to_sparse(),
         torch.ones(1, device="meta"), torch.ones(1).to_mkldnn() if torch.backends.mkldnn.is_available() else object(),
-        Image.new("P", (1, 1)), Image.new("CMYK", (1, 1)), Image.new("F", (1, 1)), Image.new("I;16", (1, 1)),
+        Image.new("F", (1, 1)), Image.new("YCbCr", (1, 1)), Image.new("PA", (1, 1)),
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
@@ -470,8 +484,8 @@ def test_the_error_names_the_type() -> None:
         pack({"a": set()}, {})
     with pytest.raises(WireError, match="a: a value of type torch.device"):
         pack({"a": torch.device("cpu")}, {})
-    with pytest.raises(WireError, match="a: a value of type PIL.Image.Image of mode P"):
-        pack({"a": Image.new("P", (1, 1))}, {})
+    with pytest.raises(WireError, match="a: a value of type PIL.Image.Image of mode HSV"):
+        pack({"a": Image.new("HSV", (1, 1))}, {})
     with pytest.raises(WireError, match="a: a meta tensor"):
         pack({"a": torch.ones(1, device="meta")}, {})
     with pytest.raises(WireError, match=r"a\.b\[3\]: a key must be str, not int"):
@@ -645,6 +659,10 @@ FIELDS = {
     "image of floats": {"a": {"$image": ["a", "RGB", {}]}},
     "image of mode F": {"a": {"$image": ["a", "F", {}]}},
     "image without info": {"a": {"$image": ["a", "L"]}},
+    "image without palette": {"a": {"$image": ["a", "P", {}]}},
+    "image with a palette of text": {"a": {"$image": ["a", "P", {}, "RGB", ["a"]]}},
+    "image with too large a palette": {"a": {"$image": ["a", "P", {}, "RGB", [0] * 769]}},
+    "image with a palette of no mode": {"a": {"$image": ["a", "P", {}, "none", [0, 0, 0]]}},
     "tuple of text": {"a": {"$tuple": "ab"}},
     "tuple of an object": {"a": {"$tuple": {"b": 1}}},
     "size of text": {"a": {"$size": ["4"]}},

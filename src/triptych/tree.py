@@ -45,7 +45,7 @@ SAFETENSORS_NAMES = {
 """The dtypes that a tensor may have, by the names that safetensors gives them."""
 
 _ALL_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if type(dtype) is torch.dtype}
-_IMAGE_MODES = ("1", "L", "LA", "RGB", "RGBA")
+_IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16")
 # What Pillow keeps beside the pixels and a stage's reading depends on (orientation, colour key, profile).
 _IMAGE_INFO = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "transparency", "icc_profile")
 
@@ -96,7 +96,11 @@ class TreeWriter:
             info = {key: value.info[key] for key in _IMAGE_INFO if key in value.info}
             info = {key: str(item) if isinstance(item, str) else item for key, item in info.items()}  # PNG: subclass
             pixels = self.store(torch.from_numpy(np.array(value)), path)
-            return {"$image": [pixels, value.mode, self.value(info, f"{path}.info", depth + 1)]}
+            node = [pixels, value.mode, self.value(info, f"{path}.info", depth + 1)]
+            if value.mode == "P":
+                assert value.palette is not None
+                node += [value.palette.mode, value.getpalette(value.palette.mode)]
+            return {"$image": node}
         if type(value) is np.ndarray or isinstance(value, np.generic):
             array = torch.from_numpy(np.array(value, order="C"))
             return {"$array" if type(value) is np.ndarray else "$scalar": [self.store(array, path)]}
@@ -192,8 +196,13 @@ class TreeReader:
             case "$generator", [str(device)]:
                 generator = torch.Generator(device=device)
                 return generator.set_state(tensor.clone())  # torch reads numbers out of it, so it must be aligned
-            case "$image", [str(mode), dict(info)] if mode in _IMAGE_MODES:
+            case "$image", [str(mode), dict(info), *palette] if mode in _IMAGE_MODES:
                 image = Image.fromarray(tensor.numpy()).copy()
+                if mode == "CMYK":  # which has as many channels as RGBA
+                    image = Image.frombytes(mode, image.size, image.tobytes())
+                match palette:
+                    case [str(kind), [*colours]]:
+                        image.putpalette(bytes(int(str(each)) for each in colours), kind)
                 image.info.update(self.mapping(info, f"{path}.info", depth + 1))
                 if image.mode == mode:
                     return image

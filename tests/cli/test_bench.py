@@ -64,6 +64,12 @@ def test_a_picture_goes_to_the_service_with_every_request(caller: Caller, monkey
     assert [each.parameters["image"].tobytes() for each in seen] == [picture.tobytes()] * 4
 
 
+def test_a_model_is_asked_by_as_many_clients_as_are_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--clients", "300", "--requests", "300", "--steps", "1", "--size", "32x32", "--device", "cpu"]
+    assert run(["bench", "load", *options, "-o", "load.json"]) == 0
+    assert json.loads(Path("load.json").read_text())["loads"][0]["clients"] == 300
+
+
 def test_every_request_to_a_model_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
     caches: list[PromptCache] = []
     remember = PromptCache.wrap

@@ -268,6 +268,8 @@ def test_listening_beyond_this_machine_needs_a_key_or_a_word(caplog: pytest.LogC
     assert not caplog.records
     with pytest.raises(UsageError, match="--host 0.0.0.0: whoever reaches this address.*--api-key, or --insecure"):
         check_exposure("0.0.0.0", Access(), encrypted=False, insecure=False)
+    with pytest.raises(UsageError, match=r"--host \*: whoever reaches this address"):  # all addresses, as 0.0.0.0 is
+        check_exposure("*", Access(), encrypted=False, insecure=False)
     check_exposure("0.0.0.0", Access(), encrypted=True, insecure=True)
     assert "without a key" in caplog.text
     caplog.clear()

@@ -6,14 +6,17 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from PIL import Image
-from serving import LONG, QUICK, Caller, engine, idle, running
+from serving import LONG, QUICK, Caller, engine, idle, running, settled
 
+from triptych.errors import OverloadedError
 from triptych.server.limits import Limits
 from triptych.server.service import Service
+from triptych.server.submission import Pictures
 
 
 def data_url(size: tuple[int, int] = (64, 64), format: str = "PNG", exif: Image.Exif | None = None) -> str:
@@ -276,6 +279,43 @@ def test_more_requests_than_may_wait_are_429_with_retry_after(caller: Caller, mo
     assert (error["code"], error["waiting"]) == ("overloaded", 1)
     caller.delete(request["links"]["self"])
     caller.wait(caller.submit(QUICK))  # there is room again
+
+
+def test_the_room_of_pictures_is_held_until_their_request_has_ended(serve: Callable[..., Caller]) -> None:
+    caller = serve(Limits(waiting_pixels=100 * 64**2))
+    before = len(Pictures._all)
+    request = caller.submit({**LONG, "image": [data_url()] * 2})
+    record = caller.service.records.get(request["id"])
+    assert isinstance(record.pictures, Pictures) and record.pictures.pixels == 2 * 64**2
+    error = refused(caller, {"parameters": {**QUICK, "image": data_url((640, 640))}}, 429)
+    assert error["code"] == "overloaded"
+    caller.delete(request["links"]["self"])
+    assert settled(caller.service) and record.pictures is None
+    del record
+    caller.wait(caller.submit({**QUICK, "image": data_url((640, 640))}))
+    assert len(Pictures._all) <= before + 1
+
+
+def test_a_stream_of_a_request_that_is_turned_away_while_it_is_admitted_ends(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def full(*_: Any, **__: Any) -> None:
+        entered.set()
+        assert go_on.wait(30)
+        raise OverloadedError(1, 1.0)
+
+    monkeypatch.setattr(engine(), "submit", full)
+    with ThreadPoolExecutor(2) as threads:
+        answer = threads.submit(caller.post, "/v1/requests", json={"parameters": QUICK})
+        assert entered.wait(30)
+        [record] = caller.service.records.unfinished()
+        stream = threads.submit(caller.get, f"/v1/requests/{record.id}/events", timeout=20)
+        time.sleep(0.3)
+        go_on.set()
+        assert answer.result().status_code == 429
+        assert "event:" not in stream.result().text
 
 
 def test_a_request_is_cancelled_within_a_step_and_others_are_not(caller: Caller) -> None:

@@ -1,5 +1,7 @@
 """Resuming: what a server finds of the one before it, however that one ended."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -18,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 from filming import Client, serving
+from PIL import Image
 from serving import engine as embedded_engine
 
 import triptych
@@ -27,7 +30,7 @@ from triptych.errors import Cancelled
 from triptych.server.jobs import JobStore, StoredJob, is_ours
 from triptych.server.limits import Limits
 from triptych.server.openai.video_order import order_of
-from triptych.server.submission import request_of
+from triptych.server.submission import Pictures, request_of
 
 QUICK: dict[str, Any] = {"prompt": "a fox", "size": "48x32", "num_inference_steps": 2, "seed": 7, "num_frames": 5}
 QUICK |= {"exact": True}
@@ -144,7 +147,7 @@ def test_no_request_is_lost_by_a_server_that_is_killed(tmp_path: Path) -> None:
     time.sleep(2)  # the deadline of the one that is overdue then
     with process(model, state, "--drain", "0") as (server, url):
         after = [httpx.get(url + each).json() for each in (finished, late)]
-        assert after[0].pop("seconds") == pytest.approx(before[0].pop("seconds"), abs=0.01)
+        assert after[0].pop("seconds") == pytest.approx(before[0].pop("seconds"), abs=0.25)
         assert after == before
         assert before[1]["error"]["code"] == "deadline_exceeded"
         assert httpx.get(f"{url}{finished}/result").content == picture
@@ -271,6 +274,23 @@ def test_requests_of_before_are_run_though_others_have_taken_every_place(
         assert httpx.post(f"{client.root}/v1/videos", json=QUICK).status_code == 429
         assert job.status not in ("done", "failed")
         job.cancel()
+        assert wait(client, is_done)["status"] == "completed"
+
+
+def test_a_request_of_before_waits_until_there_is_room_for_its_pictures(wan_i2v: Engine, tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (48, 32)).save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    order = order_of(order_fields({**QUICK, "input_reference": {"image_url": url}}), wan_i2v, Limits())
+    store = JobStore(tmp_path / "state")
+    job = StoredJob("video_1", wan_i2v.front.fingerprint, "videos", 7, time.time(), order.told)
+    store.add(job, order.submission.model_dump_json().encode())
+    others: Any = Pictures(Limits())
+    others.pixels = Limits().waiting_pixels
+    with serving(wan_i2v, None, store) as client:
+        time.sleep(1)
+        assert wait(client, lambda video: "status" in video)["status"] == "queued"
+        del others
         assert wait(client, is_done)["status"] == "completed"
 
 

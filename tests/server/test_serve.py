@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,33 @@ def test_draining_is_bounded(serve: Callable[..., Caller]) -> None:
     assert caller.service.cancel_all() == 1
     assert idle()
     assert caller.service.records.unsettled() is False
+
+
+def test_a_server_that_is_to_stop_waits_for_what_is_being_fetched(
+    serve: Callable[..., Caller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = serve(Limits(linger=0))
+    request = caller.submit(QUICK)
+    caller.wait(request)
+    entered, go_on = threading.Event(), threading.Event()
+    make = caller.service.records.spool.file
+
+    def slowly(*asked: Any) -> Path:
+        entered.set()
+        assert go_on.wait(30)
+        return make(*asked)
+
+    monkeypatch.setattr(caller.service.records.spool, "file", slowly)
+    with ThreadPoolExecutor(2) as threads:
+        answer = threads.submit(caller.get, request["links"]["result"])
+        assert entered.wait(30)
+        drained = threads.submit(drain, caller.service, 60, Stop())
+        time.sleep(0.3)
+        assert not drained.done()
+        go_on.set()
+        assert answer.result().content.startswith(b"\x89PNG")
+        drained.result(10)
+    assert caller.service.records.fetches == 0
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded() -> None:

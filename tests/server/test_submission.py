@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import httpx
 import pytest
@@ -17,7 +18,8 @@ from triptych.engine.base import Engine
 from triptych.errors import ParameterError
 from triptych.request import Request
 from triptych.server.limits import Limits
-from triptych.server.submission import Submission, check_outputs, request_of
+from triptych.server.problems import Refusal
+from triptych.server.submission import Pictures, Submission, check_outputs, request_of
 
 from .openai.test_videos import picture
 
@@ -129,6 +131,43 @@ def test_a_picture_whose_exif_data_cannot_be_read_is_refused_by_name() -> None:
     with pytest.raises(ParameterError, match="this picture cannot be read") as caught:
         request_of(Submission(parameters={"image": sent}), Limits())
     assert caught.value.field == "image"
+
+
+def in_base64(side: int, format: str = "PNG") -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side)).save(file, format)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_a_format_whose_tiles_are_larger_than_its_pictures_is_not_read() -> None:
+    with pytest.raises(ParameterError, match="one of PNG, JPEG, WEBP, BMP, GIF"):
+        request_of(Submission(parameters={"image": in_base64(8, "TIFF")}), Limits())
+
+
+def test_the_pictures_of_all_requests_that_have_not_ended_are_bounded_before_they_are_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Pictures, "_all", WeakSet())  # those of other tests may be there still
+    limits = Limits(waiting_pixels=3 * 64**2)
+    sent = Submission(parameters={"image": in_base64(64)})
+    two = [request_of(sent, limits) for _ in range(2)]
+    decoded: list[str] = []
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: decoded.append("one"))
+    with pytest.raises(Refusal, match="fill the memory") as caught:
+        request_of(Submission(parameters={"image": [in_base64(64)] * 2}), limits)
+    assert (caught.value.problem.status, caught.value.problem.headers["Retry-After"]) == (429, "10")
+    assert decoded == ["one"], "the second would be too much"
+    del caught
+    request_of(sent, limits)
+    two.clear()
+    request_of(Submission(parameters={"image": [in_base64(64)] * 3}), limits)
+    with pytest.raises(ParameterError, match="at most 64 pixels"):
+        request_of(sent, Limits(pixels=64))
+
+
+def test_one_request_alone_is_never_refused_for_want_of_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pictures, "_all", WeakSet())
+    request_of(Submission(parameters={"image": in_base64(64)}), Limits(waiting_pixels=1))
 
 
 @pytest.fixture(scope="module")

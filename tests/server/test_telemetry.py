@@ -25,8 +25,10 @@ from serving import LONG, QUICK, Caller, engine, running
 from triptych.engine.job import Event
 from triptych.request import Request
 from triptych.server import telemetry, traces
+from triptych.server.limits import Limits
 from triptych.server.metrics import Metrics
 from triptych.server.phases import phases
+from triptych.server.records import Record
 from triptych.server.traces import Traces
 
 ROLES = {"text": "encoder", "denoise": "denoiser", "decode": "decoder"}
@@ -133,11 +135,28 @@ def test_what_is_not_taken_on_is_counted_by_its_reason(
     with monkeypatch.context() as full:
         full.setattr(caller.service, "submit", no_space)
         assert caller.post("/v1/requests", json={"parameters": QUICK}).status_code == 507
+    assert caller.post("/v1/pools/denoiser", json={"replicas": 4}).status_code == 400
     told = metrics_of(caller)
-    assert told["triptych_rejections_total", ("not_accepted",)] == 2
+    assert told["triptych_rejections_total", ("not_accepted",)] == 2, "a pool is no request"
     assert told["triptych_rejections_total", ("no_space",)] == 1
     assert told["triptych_rejections_total", ("not_allowed",)] == 1
     assert told["triptych_http_responses_total", ("404",)] == 1
+
+
+def test_a_result_that_cannot_be_kept_is_counted_as_its_caller_is_told(serve: Callable[..., Caller]) -> None:
+    caller = serve(Limits(kept_bytes=2000))
+    assert caller.wait(caller.submit(QUICK))["status"] == "failed"
+    told = metrics_of(caller)
+    assert told["triptych_requests_total", ("failed",)] == 1
+    assert ("triptych_requests_total", ("done",)) not in told
+
+
+def test_a_request_that_ends_without_a_job_is_counted(serve: Callable[..., Caller]) -> None:
+    caller = serve()
+    record = Record("req_0", None, 7, "images", time.time())
+    caller.service.records.add(record)
+    assert caller.post("/v1/requests/req_0/cancel").json()["status"] == "cancelled"
+    assert metrics_of(caller)["triptych_requests_total", ("cancelled",)] == 1
 
 
 def test_before_the_model_is_there_metrics_are_too(serve: Callable[..., Caller]) -> None:

@@ -75,10 +75,14 @@ class Asked:
         Raises:
             UsageError: one is not accepted; the message begins with its option.
         """
+        from triptych.pipelines.base import in_colour
         from triptych.request import Request
 
+        values = self.values_for(model.family.parameters)
+        if not model.family.transparency:
+            values = {name: in_colour(value) for name, value in values.items()}
         with self.naming_options():
-            return model.admit(Request(**self.values_for(model.family.parameters)))
+            return model.admit(Request(**values))
 
     def values_for(self, known: Collection[str]) -> dict[str, Any]:
         """Return the parameters for a family that knows these: it may count its outputs as images or as videos."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -169,6 +170,7 @@ def _asking(
             batching=not parameters["exact"],
             prompt_cache=0,  # the prompt is always the same one, and what encoding it takes is measured too
             warm_up=False,
+            max_waiting=sys.maxsize,  # there are as many as clients
         )
     with engine:
         yield lambda number: engine.generate(**{**parameters, "seed": number}).timings

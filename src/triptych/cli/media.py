@@ -49,7 +49,7 @@ def open_video(path: Path, option: str) -> list[Image]:
 
 
 def open_images(paths: list[Path], option: str = "--image") -> Image | list[Image] | None:
-    """Return the pictures in these files as diffusers' `load_image` would: upright, and RGB.
+    """Return the pictures in these files, upright: RGBA where anything may be transparent, else RGB.
 
     One is returned by itself, and None where there is none.
 
@@ -58,15 +58,15 @@ def open_images(paths: list[Path], option: str = "--image") -> Image | list[Imag
     """
     if not paths:
         return None
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
-    from triptych.server.submission import UNREADABLE
+    from triptych.server.submission import UNREADABLE, upright
 
     images = []
     for path in paths:
         try:
             with Image.open(path) as opened:
-                images.append(ImageOps.exif_transpose(opened).convert("RGB"))
+                images.append(upright(opened, transparency=True))
         except UnidentifiedImageError as error:
             raise UsageError(f"{option} {path}: this is no image") from error
         except OSError as error:

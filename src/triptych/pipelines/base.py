@@ -30,6 +30,7 @@ class Family:
         refused: parameters of the pipeline that a request may not carry.
         optional: parameters with a default for which None means something else.
         fps: frames per second of a video family.
+        transparency: whether the model sees what is transparent in a picture. For others, pictures are made opaque.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
@@ -39,6 +40,7 @@ class Family:
     refused: ClassVar[frozenset[str] | set[str]] = frozenset()
     optional: ClassVar[frozenset[str] | set[str]] = frozenset()
     fps: ClassVar[float | None] = None
+    transparency: ClassVar[bool] = False
 
     def __init__(self, repository: Repository) -> None:
         self.repository = repository
@@ -279,3 +281,13 @@ def check_multiple(parameters: Mapping[str, Any], names: Iterable[str], multiple
             below, above = size // multiple * multiple, (size // multiple + 1) * multiple
             nearest = f"{below} or {above}" if below else str(above)
             raise ParameterError(name, size, f"a multiple of {multiple} is accepted; the nearest: {nearest}")
+
+
+def in_colour(pictures: Any) -> Any:
+    """Return PIL images, one or a list of them, as RGB; anything else as it is. Transparency is dropped."""
+    from PIL import Image
+
+    if isinstance(pictures, list):
+        return [in_colour(each) for each in pictures]
+    is_other = isinstance(pictures, Image.Image) and pictures.mode != "RGB"
+    return pictures.convert("RGB") if is_other else pictures

@@ -158,7 +158,7 @@ class FluxDenoising(Denoising):
         noise, *rest = (each[:, : state.latents.shape[1]] for each in prediction)
         for unconditional in rest:
             noise = unconditional + state.true_cfg_scale * (noise - unconditional)
-        state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
+        state.latents = self.take_step(state, i, noise)
 
 
 class Decoding(Stage):

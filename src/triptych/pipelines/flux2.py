@@ -109,7 +109,7 @@ class Flux2Denoising(Denoising):
 
     def advance(self, state: View, i: int, prediction: Sequence[torch.Tensor]) -> None:
         noise = prediction[0][:, : state.latents.shape[1]]
-        state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
+        state.latents = self.take_step(state, i, noise)
 
     def finish(self, state: View) -> None:
         # Latents that are the result stay packed, as the oracle gives them out.

@@ -133,7 +133,7 @@ class Flux2Denoising(Denoising):
         noise, *rest = (each[:, : state.latents.shape[1]] for each in prediction)
         for unconditional in rest:
             noise = unconditional + state.guidance_scale * (noise - unconditional)
-        state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
+        state.latents = self.take_step(state, i, noise)
 
     def finish(self, state: View) -> None:
         patch = self.helpers.vae_scale_factor * 2

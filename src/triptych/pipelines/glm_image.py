@@ -85,7 +85,7 @@ class PriorGeneration(Stage):
         length, skipped, rows, columns = self.helpers._compute_generation_params(
             image_grid_thw=inputs["image_grid_thw"], is_text_to_image=not given
         )
-        with seeded(state.seed):
+        with seeded(state.seed, self.device):
             written = self.vision_language_encoder.generate(**inputs, max_new_tokens=length, do_sample=True)
         tokens = self.helpers._extract_large_image_tokens(
             written, inputs["input_ids"].shape[-1], skipped, rows * columns
@@ -310,7 +310,7 @@ class GlmDenoising(Denoising):
         noise, *rest = (each.float() for each in prediction)
         for unconditional in rest:
             noise = unconditional + state.guidance_scale * (noise - unconditional)
-        state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
+        state.latents = self.take_step(state, i, noise)
 
 
 class Decoding(Stage):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import Need
 from triptych.errors import ModelError, ParameterError
-from triptych.pipelines.base import Family, check_inputs, check_multiple, check_tensors
+from triptych.pipelines.base import Family, check_inputs, check_multiple, check_tensors, in_colour
 from triptych.pipelines.wan import EMBEDDINGS, SIZE_MULTIPLE, Decoding, TextEncoding
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
@@ -462,6 +462,7 @@ class Helios(Family):
         if parameters["video"] is not None and (frames := count_frames(parameters["video"])) < window:
             accepted = f"a video of at least {window} frames (one chunk) is accepted, not of {frames}"
             raise ParameterError("video", f"<{frames} frames>", accepted)
+        parameters["video"] = in_colour(parameters["video"])
         if parameters["num_frames"] % window:
             chunks = math.ceil(parameters["num_frames"] / window)
             asked = parameters["num_frames"]
@@ -575,7 +576,7 @@ def single_image(image: Any) -> Any:
         raise ParameterError(
             "image", image, f"a PIL image, an array or a tensor is accepted, not {type(image).__name__}"
         )
-    return image
+    return in_colour(image)
 
 
 def count_frames(video: Any) -> int:

@@ -178,7 +178,7 @@ class HunyuanDenoising(Denoising):
         for number, branch in enumerate(branches):
             branch.noise_pred = torch.cat(list(prediction[number * each : (number + 1) * each]))
         noise = state.guider(branches)[0]
-        state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
+        state.latents = self.take_step(state, i, noise)
 
 
 class Decoding(Stage):

@@ -46,7 +46,7 @@ class PromptRewriting(Stage):
     writes = {"prompt"}
 
     def run(self, state: View) -> None:
-        with seeded(state.seed):
+        with seeded(state.seed, self.device):
             (state.prompt,) = self.helpers.rewire_prompt(state.prompt, self.device)
 
 
@@ -144,7 +144,7 @@ class LongCatDenoising(Denoising):
         noise, *rest = (each[:, : state.latents.shape[1]] for each in prediction)
         for unconditional in rest:
             noise = self.guide(state, noise, unconditional + state.guidance_scale * (noise - unconditional))
-        state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
+        state.latents = self.take_step(state, i, noise)
 
     def guide(self, state: View, conditional: torch.Tensor, combined: torch.Tensor) -> torch.Tensor:
         """Return the guided prediction, no token of it longer than the conditional one where that is asked for."""

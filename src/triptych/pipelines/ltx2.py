@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from triptych.components.need import Need
 from triptych.components.repository import Entry, Repository
 from triptych.errors import ComponentFileError, ParameterError
-from triptych.pipelines.base import Family, check_inputs, check_multiple, check_tensors
+from triptych.pipelines.base import Family, check_inputs, check_multiple, check_tensors, in_colour
 from triptych.pipelines.wan import check_frames
 from triptych.result import FASTEST, SLOWEST
 from triptych.roles import RoleType
@@ -163,7 +163,9 @@ class TextConnecting(Stage):
         embeds, masks = (torch.cat([each.repeat_interleave(copies, dim=0) for each in some]) for some in zip(*pairs))
         connected = self.connectors(embeds, masks, padding_side=self.tokenizer.padding_side)
         firsts = [each[::copies] for each in connected]
-        if all(torch.equal(one.repeat_interleave(copies, dim=0), each) for one, each in zip(firsts, connected)):
+        if copies == 1 or all(
+            torch.equal(one.repeat_interleave(copies, dim=0), each) for one, each in zip(firsts, connected)
+        ):
             return firsts
         return list(connected)
 
@@ -408,7 +410,9 @@ class LTX2Denoising(Denoising):
         clean_audio = self.guide(state.audio_latents, of_audio, i, state.audio_scheduler, audio)
         state.latents = self.step_video(state, i, clean)
         velocity = self.helpers.convert_x0_to_velocity(state.audio_latents, clean_audio, i, state.audio_scheduler)
-        state.audio_latents = self.step(state.audio_scheduler, velocity, state.timesteps[i], state.audio_latents)
+        state.audio_latents = self.take_step(
+            state, i, velocity, scheduler=state.audio_scheduler, latents=state.audio_latents
+        )
 
     def guide(
         self, latents: torch.Tensor, noise: Mapping[str, torch.Tensor], i: int, scheduler: Any, scales: Guidance
@@ -429,11 +433,7 @@ class LTX2Denoising(Denoising):
 
     def step_video(self, state: View, i: int, clean: torch.Tensor) -> torch.Tensor:
         velocity = self.helpers.convert_x0_to_velocity(state.latents, clean, i, state.scheduler)
-        return self.step(state.scheduler, velocity, state.timesteps[i], state.latents)
-
-    def step(self, scheduler: Any, velocity: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        stepped: torch.Tensor = scheduler.step(velocity, t, latents, return_dict=False)[0]
-        return stepped
+        return self.take_step(state, i, velocity)
 
     def finish(self, state: View) -> None:
         state.latents = self.unpacked(state.latents, state.conditioning["sizes"])
@@ -491,7 +491,7 @@ class I2VDenoising(LTX2Denoising):
 
         latents, clean = (self.unpacked(each, state.conditioning["sizes"]) for each in (state.latents, clean))
         velocity = self.helpers.convert_x0_to_velocity(latents, clean, i, state.scheduler)
-        later = self.step(state.scheduler, velocity[:, :, 1:], state.timesteps[i], latents[:, :, 1:])
+        later = self.take_step(state, i, velocity[:, :, 1:], latents=latents[:, :, 1:])
         return self.packed(torch.cat([latents[:, :, :1], later], dim=2))
 
 
@@ -766,6 +766,7 @@ def check_image(parameters: dict[str, Any]) -> None:
         raise ParameterError("image", image, f"one image is accepted, not {len(image)}")
     if not isinstance(image, (torch.Tensor, Image.Image, type(None))):
         raise ParameterError("image", image, f"a PIL image or a tensor is accepted, not {type(image).__name__}")
+    image = in_colour(image)
     crf = parameters["image_crf"]
     if crf is not None and not 0 <= crf <= 51:  # of x264, which compresses it as the model's training videos are
         raise ParameterError("image_crf", crf, "a whole number from 0 to 51 is accepted; 0 leaves the image as it is")

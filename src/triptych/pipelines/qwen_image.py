@@ -178,7 +178,7 @@ class QwenDenoising(Denoising):
         noise, *rest = (each[:, : state.latents.shape[1]] for each in prediction)
         for unconditional in rest:
             noise = self.guide(state, noise, unconditional + state.true_cfg_scale * (noise - unconditional))
-        state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
+        state.latents = self.take_step(state, i, noise)
 
     def guide(self, state: View, conditional: torch.Tensor, combined: torch.Tensor) -> torch.Tensor:
         """Give the guided prediction the norm of the conditional one, token by token."""

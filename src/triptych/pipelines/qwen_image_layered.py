@@ -52,7 +52,7 @@ class Captioning(Stage):
     def run(self, state: View) -> None:
         width, height = scaled(state.image, state.resolution)
         image = self.helpers.image_processor.resize(state.image, height, width)
-        with seeded(state.seed):
+        with seeded(state.seed, self.device):
             state.prompt = self.helpers.get_image_caption(image, use_en_prompt=state.use_en_prompt, device=self.device)
 
 
@@ -150,6 +150,7 @@ class QwenImageLayered(Family):
     }
     geometry = {"vae": Need.CONFIG}
     refused = {"attention_kwargs"}
+    transparency = True
 
     def compose(self) -> None:
         self.add_stage(Captioning)

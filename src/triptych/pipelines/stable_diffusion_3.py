@@ -164,7 +164,7 @@ class SD3Denoising(Denoising):
             noise = negative + state.guidance_scale * (positive - negative)
             for each in skipped:
                 noise = noise + (positive - each) * state.skip_layer_guidance_scale
-        state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
+        state.latents = self.take_step(state, i, noise)
 
 
 class Decoding(Stage):

@@ -86,7 +86,8 @@ class WanDenoising(Denoising):
         }
         state.scheduler = self.new_scheduler()
         state.scheduler.set_timesteps(state.num_inference_steps, device=self.device)
-        state.scheduler.set_begin_index(0)
+        if hasattr(state.scheduler, "set_begin_index"):
+            state.scheduler.set_begin_index(0)
         state.timesteps = state.scheduler.timesteps
         state.latents = self.noise(state, len(state.conditioning["cond"]))
 
@@ -145,7 +146,7 @@ class WanDenoising(Denoising):
         noise, *rest = prediction
         for unconditional in rest:
             noise = unconditional + scale * (noise - unconditional)
-        state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
+        state.latents = self.take_step(state, i, noise)
 
 
 class Decoding(Stage):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from triptych.components.need import Need
 from triptych.errors import ModelError, ParameterError
+from triptych.pipelines.base import in_colour
 from triptych.pipelines.wan import Decoding, TextEncoding, Wan, WanDenoising, check_frames, count_videos
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
@@ -249,7 +250,9 @@ class WanImageToVideo(Wan):
         parameters["image"] = single_image("image", parameters["image"])
         if parameters["last_image"] is not None:
             parameters["last_image"] = single_image("last_image", parameters["last_image"])
-        check_last_image(parameters["last_image"], transformer, per_token=helpers.config.expand_timesteps)
+        check_last_image(
+            parameters["image"], parameters["last_image"], transformer, per_token=helpers.config.expand_timesteps
+        )
         super().admit(parameters, helpers)
         self.check_frames_to_encode(parameters, helpers)
         tokens = parameters["max_sequence_length"]
@@ -304,17 +307,22 @@ def single_image(name: str, image: Any) -> Any:
         raise ParameterError(name, image, f"one image is accepted, not {len(image)}; the last frame is `last_image`")
     if not isinstance(image, (torch.Tensor, Image.Image)):
         raise ParameterError(name, image, f"a PIL image or a tensor is accepted, not {type(image).__name__}")
-    return image
+    return in_colour(image)
 
 
-def check_last_image(last_image: Any, transformer: Any, *, per_token: bool) -> None:
+def check_last_image(image: Any, last_image: Any, transformer: Any, *, per_token: bool) -> None:
     """Check that a last frame is given to a model that must have one, and to none that cannot have it.
 
     Raises:
         ParameterError: it is not.
     """
+    import torch
+
     if last_image is None:
         if transformer.pos_embed_seq_len is not None:
             raise ParameterError("last_image", None, "this model makes a video from its first and its last frame")
     elif per_token or (transformer.image_dim is not None and transformer.pos_embed_seq_len is None):
         raise ParameterError("last_image", last_image, "this model makes a video from its first frame only")
+    elif transformer.image_dim is not None and isinstance(image, torch.Tensor) > isinstance(last_image, torch.Tensor):
+        # One call makes the embeddings of both.
+        raise ParameterError("last_image", type(last_image).__name__, "a tensor is accepted, as the first frame is one")

@@ -154,7 +154,7 @@ class ZImageDenoising(Denoising):
             if (limit := float(state.cfg_normalization)) > 0:
                 noise = torch.stack([shorten(*each, limit) for each in zip(noise, positive)])
         noise = -noise.squeeze(2)
-        state.latents = state.scheduler.step(noise, state.timesteps[i], state.latents, return_dict=False)[0]
+        state.latents = self.take_step(state, i, noise)
 
 
 class Decoding(Stage):

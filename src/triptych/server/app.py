@@ -23,7 +23,7 @@ from triptych.errors import ParameterError, TriptychError
 from triptych.server import formats, sse
 from triptych.server.formats import MEDIA_TYPES
 from triptych.server.guard import Access, Guard
-from triptych.server.kept_file import KeptFile
+from triptych.server.kept_file import Fetches, KeptFile
 from triptych.server.openai.images import images_router
 from triptych.server.openai.models import models_router
 from triptych.server.openai.videos import videos_router
@@ -185,6 +185,7 @@ def create_app(service: Service, access: Access | None = None) -> FastAPI:
     app.include_router(page_router(service))
     app.include_router(pools_router(service))
     app.include_router(telemetry.router())
+    app.add_middleware(Fetches, records=records)
     app.add_middleware(Uploads, limits=limits)
     app.add_middleware(Guard, access=access or Access())
     telemetry.install(app)

@@ -159,7 +159,8 @@ def _names(header: str, host: str) -> bool:
 def is_loopback(host: str) -> bool:
     """Return whether only this machine reaches an address; True also for names that lead nowhere."""
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        # As `listen` does: without the flag, `*` is this machine alone.
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
         return True  # listening there will fail, and say why
     return all(ipaddress.ip_address(str(each[4][0]).partition("%")[0]).is_loopback for each in found)

@@ -1,15 +1,35 @@
-"""Files of results that may be dropped while they are on their way out."""
+"""Files of results that may be dropped while they are on their way out, and the count of what is."""
 
 from __future__ import annotations
 
 import os
+import re
 
 from anyio import to_thread
 from fastapi.responses import FileResponse
 from starlette.responses import MalformedRangeHeader
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from triptych.server.problems import Refusal
+from triptych.server.records import Records
+
+_RESULT = re.compile(r"/v1/(requests/[^/]+/result|images/(generations|edits|files/.+)|videos/([^/]+/content|sync))/?")
+"""Paths that answer with results."""
+
+
+class Fetches:
+    """Counts the answers with results that are being made or sent: a server that is to stop waits for them."""
+
+    def __init__(self, app: ASGIApp, records: Records) -> None:
+        self.app, self.records = app, records
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        counts = scope["type"] == "http" and _RESULT.fullmatch(scope["path"]) is not None
+        self.records.fetches += counts
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.records.fetches -= counts
 
 
 class KeptFile(FileResponse):

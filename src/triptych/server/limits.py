@@ -16,6 +16,7 @@ class Limits:
         tokens: of a prompt that a request may have a text encoder see (`max_sequence_length`).
         images: pictures that one request may carry, and outputs that it may ask for.
         pixels: of all pictures of one request together, and of all that it asks for.
+        waiting_pixels: of the pictures that all requests carry which have not ended: each takes some six bytes of memory.
         video_pixels: of all frames that one request asks for.
         seconds: of a video that one request asks for.
         chunks: of a video that is made piece by piece; each takes the request's steps.
@@ -39,6 +40,7 @@ class Limits:
     tokens: int = 4096
     images: int = 16
     pixels: int = 64_000_000
+    waiting_pixels: int = 512_000_000
     video_pixels: int = 2_000_000_000
     seconds: float = 3600
     chunks: int = 1000

@@ -33,6 +33,8 @@ _REASONS = {
     503: "not_ready",
     507: "no_space",
 }
+_TAKING = ("/v1/requests", "/v1/images/generations", "/v1/images/edits", "/v1/videos", "/v1/videos/sync")
+"""Paths that requests are posted to."""
 
 Snapshot = Callable[[], Mapping[str, Any]]
 
@@ -73,7 +75,7 @@ class Metrics:
     def responded(self, method: str, path: str, status: int) -> None:
         """Count a response."""
         self._responses.labels(str(status)).inc()
-        if method == "POST" and path.startswith("/v1/") and (reason := _REASONS.get(status)) is not None:
+        if method == "POST" and path.rstrip("/") in _TAKING and (reason := _REASONS.get(status)) is not None:
             self._rejections.labels(reason).inc()
 
     def text(self, accept: str) -> tuple[bytes, str]:

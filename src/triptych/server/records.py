@@ -44,6 +44,8 @@ class Record:
         lasting: whether the job store has it too.
         left: whether it is left to the next server, which will run it again: this one tells no more of it.
         keep: what is done with the result, in a thread, instead of keeping it on disk for whoever asks.
+        pictures: what counts the memory of the pictures that it came with; None once it has ended.
+        observers: who is told, once, when it has ended.
         first: the number of its first event; of a request of the server before, one that no server has told yet.
     """
 
@@ -64,6 +66,8 @@ class Record:
     lasting: bool = False
     left: bool = False
     keep: Callable[[Result], None] | None = None
+    pictures: object = None
+    observers: list[Callable[[Record], None]] = field(default_factory=list)
     first: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -98,10 +102,14 @@ class Record:
         elif event.kind in ENDED:
             self.status = event.kind  # type: ignore[assignment]
             self.lost += [] if self.job is None else self.job.lost
-            self.ended, self.job, self.keep = time.monotonic(), None, None
+            self.ended, self.job, self.keep, self.pictures = time.monotonic(), None, None, None
             self.events = [_without_picture(each) for each in self.events]
         self._changed.set()
         self._changed = asyncio.Event()
+        if self.ended is not None:
+            observers, self.observers = self.observers, []
+            for observe in observers:
+                observe(self)
 
 
 def _without_picture(event: Event) -> Event:
@@ -118,7 +126,9 @@ class Records:
         self.limits = limits
         self.store = store
         self.spool = Spool(limits.kept_bytes, None if store is None else store.results)
-        self.observers: list[Callable[[Job, asyncio.AbstractEventLoop], None]] = []  # told of every job
+        # Asked of every job, or None where there is none, who is to be told of its record's end.
+        self.observers: list[Callable[[Job | None], Callable[[Record], None]]] = []
+        self.fetches = 0  # results that are on their way out, or being made into what was asked for
         self._records: dict[str, Record] = {}  # in the order of arrival
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -162,9 +172,9 @@ class Records:
             except RuntimeError:
                 pass  # the loop is closed: the server has gone before the request ended
 
+        if record.ended is None:
+            record.observers += [observe(job) for observe in self.observers]
         job.listen(hear)
-        for observe in self.observers:
-            observe(job, loop)
 
     def position(self, record: Record) -> int:
         """Return how many requests came before this one and have not been started either."""
@@ -201,9 +211,9 @@ class Records:
         return [record for record in list(self._records.values()) if record.ended is None]
 
     def unsettled(self) -> bool:
-        """Return whether a request has not ended, or has, a moment ago, and nobody has fetched its result yet."""
+        """Return whether a request has not ended, or a result is being fetched, or may soon be: it has just come."""
         recent = time.monotonic() - self.limits.linger
-        return any(
+        return self.fetches > 0 or any(
             record.ended is None or (record.status == "done" and not record.fetched and record.ended > recent)
             for record in list(self._records.values())
         )
@@ -238,6 +248,7 @@ class Records:
             event = Event(len(record.events), kind, time.time(), details)
             if record.lasting:
                 self._start(self._note(record, event, record.error))
+            record.observers = record.observers or [observe(None) for observe in self.observers]
             record.publish(event)
 
     async def _note(self, record: Record, event: Event, problem: Problem | None = None) -> None:

@@ -16,7 +16,7 @@ from triptych.engine.base import Engine
 from triptych.engine.job import Event, Job
 from triptych.errors import DeadlineExceeded
 from triptych.server.jobs import JobStore, StoredJob
-from triptych.server.problems import Problem, problem_of
+from triptych.server.problems import Problem, Refusal, problem_of
 from triptych.server.records import Record
 from triptych.server.submission import Submission, parse, request_of
 
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 INTERRUPTIONS = 3
 """Times that a server may die while it runs a request before the request is given up: it may be what kills it."""
+_FULL = 0.5
+"""Seconds from one try to the next to make room for a request's pictures."""
 _LOOK = 0.05
 """Seconds between two looks whether the engine has loaded, and whether a request is overdue."""
 
@@ -119,7 +121,7 @@ async def _run_again(service: Service, store: JobStore, record: Record, stored: 
         left = _deadline(service, stored, submission) - time.time()
         if left <= 0:
             raise _overdue()
-        request = request_of(submission, service.limits)
+        request = request_of(submission, service.limits, transparency=engine.front.family.transparency)
         job = service.run(engine, record, request, left, submission.previews, admitted=True)
         service.records.listen(record, job, loop)
         return job
@@ -127,7 +129,14 @@ async def _run_again(service: Service, store: JobStore, record: Record, stored: 
     if record.ended is not None or service.draining:
         return
     try:
-        job = await to_thread.run_sync(admit, engine)
+        while True:
+            try:
+                job = await to_thread.run_sync(admit, engine)
+                break
+            except Refusal:  # there is no room for its pictures until others have ended
+                await asyncio.sleep(_FULL)
+                if record.ended is not None or service.draining:
+                    return
     except Exception as error:  # whatever it is, the caller has to be told
         if record.ended is not None or store.closed:  # its submission went with it, or both are the next server's
             return

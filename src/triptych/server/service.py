@@ -75,9 +75,10 @@ class Service:
 
         def read() -> tuple[Submission, Request]:
             submission = parse(body, self.limits)
-            return submission, request_of(submission, self.limits)
+            return submission, request_of(submission, self.limits, transparency=family.transparency)
 
-        kind = makes(self.open_engine().front.family.recipe) or "images"
+        family = self.open_engine().front.family
+        kind = makes(family.recipe) or "images"
         submission, request = await to_thread.run_sync(read)
         record = Record(f"req_{secrets.token_hex(12)}", None, 0, kind, time.time())
         await self.take_on(
@@ -128,6 +129,7 @@ class Service:
         try:
             await to_thread.run_sync(admit)
         except BaseException as error:
+            record.leave()  # who found it in the meantime
             self.records.remove(record)
             if isinstance(error, (StoreClosedError, Cancelled)):  # the server has begun to stop in the meantime
                 raise Refusal(503, "not_ready", self.why_not_ready() or str(error), _SOON) from error
@@ -164,6 +166,7 @@ class Service:
             check=partial(check_outputs, limits=self.limits, family=engine.front.family),
         )
         record.job, record.seed = job, int(str(request.parameters["seed"]))  # the engine has checked it
+        record.pictures = request.pictures
         return job
 
     async def forget(self, record: Record) -> None:

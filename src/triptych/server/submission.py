@@ -9,21 +9,24 @@ import math
 import re
 import struct
 from collections.abc import Mapping
+from threading import Lock
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from triptych.errors import ParameterError, UsageError, closest
 from triptych.request import Request, draw_seed
 from triptych.server.limits import Limits
+from triptych.server.problems import Refusal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from triptych.pipelines.base import Family
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-"""Of pictures that are read."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+"""Of pictures that are read. Not TIFF: its tiles are decoded whole, however large, for a picture of any size."""
 UNREADABLE = (
     OSError, ValueError, SyntaxError, EOFError, struct.error, TypeError, LookupError, ArithmeticError, AttributeError
 )  # fmt: skip
@@ -40,6 +43,8 @@ _COUNTS = ("num_frames", "layers", "num_images_per_prompt", "num_videos_per_prom
 """Parameters that say how many pictures of one size a request asks for: their product."""
 _USUAL_AREA = 2**20
 """Pixels that a picture is taken to have where its size follows from one that was given: models work near it."""
+_MOST_VALUES = 500_000
+"""Of one body, commas in its texts included."""
 _DEEPEST = 8
 """Parts of a place in a body that are told."""
 _DATA_URL = re.compile(r"data:[^,]*;base64,")
@@ -64,6 +69,7 @@ def parse(body: bytes, limits: Limits) -> Submission:
     Raises:
         UsageError: it is no JSON, or not of the form.
     """
+    check_values(body)
     try:
         submission = Submission.model_validate_json(body)
     except ValidationError as error:
@@ -72,6 +78,18 @@ def parse(body: bytes, limits: Limits) -> Submission:
     if deadline is not None and not 0 < deadline <= limits.deadline:
         raise ParameterError("deadline", deadline, f"more than 0 and at most {limits.deadline:g} seconds are accepted")
     return submission
+
+
+def check_values(body: bytes) -> None:
+    """Make sure that a JSON body is read in a moment: nothing else goes on meanwhile, in no thread.
+
+    Raises:
+        UsageError: it has too many values for that.
+    """
+    if sum(map(body.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise UsageError(
+            f"the body is not what is accepted: it has more than {_MOST_VALUES} values, or commas in texts"
+        )
 
 
 def submission_of(parameters: dict[str, Any]) -> Submission:
@@ -86,14 +104,18 @@ def submission_of(parameters: dict[str, Any]) -> Submission:
         raise _explained(error) from None
 
 
-def request_of(submission: Submission, limits: Limits) -> Request:
+def request_of(submission: Submission, limits: Limits, *, transparency: bool = False) -> Request:
     """Return the request that a submission asks for, with its pictures opened and its seed settled.
+
+    Args:
+        transparency: what `upright` takes.
 
     Raises:
         ParameterError: a value is not of a kind that HTTP carries, or is more than the limits allow.
+        Refusal: there is no room for its pictures now.
     """
     values: dict[str, Any] = {}
-    pictures = _Pictures(limits)
+    pictures = Pictures(limits, transparency)
     for name, value in submission.parameters.items():
         if value is not None and PICTURE.search(name):
             values[name] = (
@@ -127,6 +149,7 @@ def request_of(submission: Submission, limits: Limits) -> Request:
         values["seed"] = draw_seed()
     request = Request(**values)
     request.lora_folders = limits.lora_folders
+    request.pictures = pictures
     return request
 
 
@@ -170,17 +193,30 @@ def _check_length(settled: Mapping[str, Any], limits: Limits, family: Family) ->
         raise ParameterError("max_seconds", longest, f"at most {limits.seconds:g} seconds are accepted")
 
 
-class _Pictures:
-    """Opens the pictures of one request, and counts what they take."""
+def upright(opened: Image, *, transparency: bool) -> Image:
+    """Return a picture as diffusers' `load_image` would, upright and RGB; with `transparency` RGBA, if any of it may be."""
+    from PIL import ImageOps
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    turned = ImageOps.exif_transpose(opened)
+    return turned.convert("RGBA" if transparency and turned.has_transparency_data else "RGB")
+
+
+class Pictures:
+    """Opens the pictures of one request, and counts what they take. Their room is held for as long as this object lives."""
+
+    _all: WeakSet[Pictures] = WeakSet()
+    _lock = Lock()
+
+    def __init__(self, limits: Limits, transparency: bool = False) -> None:
+        self.limits, self.transparency = limits, transparency
         self.count = 0
         self.pixels = 0
+        with self._lock:
+            self._all.add(self)
 
     def open(self, name: str, value: JsonValue) -> Image:
-        """Return a picture, upright and RGB, as diffusers' `load_image` would."""
-        from PIL import Image, ImageOps
+        """Return a picture, `upright`."""
+        from PIL import Image
 
         accepted = "a picture as a data URL or in base64 is accepted"
         if not isinstance(value, str):
@@ -198,15 +234,24 @@ class _Pictures:
             raise ParameterError(name, told, accepted) from None
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                self.pixels += opened.width * opened.height
-                if self.pixels > self.limits.pixels:
-                    size = f"{opened.width}x{opened.height}"
-                    raise ParameterError(name, size, f"at most {self.limits.pixels} pixels in all are accepted")
-                return ImageOps.exif_transpose(opened).convert("RGB")
+                self._take_room(name, opened.width, opened.height)
+                return upright(opened, transparency=self.transparency)
         except (*UNREADABLE, Image.DecompressionBombError) as error:
             if isinstance(error, ParameterError):
                 raise
             raise ParameterError(name, told, f"this picture cannot be read: one of {', '.join(FORMATS)}") from None
+
+    def _take_room(self, name: str, width: int, height: int) -> None:
+        """Count a picture that is about to be decoded."""
+        self.pixels += width * height
+        if self.pixels > self.limits.pixels:
+            accepted = f"at most {self.limits.pixels} pixels in all are accepted"
+            raise ParameterError(name, f"{width}x{height}", accepted)
+        with self._lock:
+            held = sum(each.pixels for each in self._all if each is not self)
+        if held and held + self.pixels > self.limits.waiting_pixels:
+            words = "the pictures of the requests that have not ended fill the memory that there is for them"
+            raise Refusal(429, "overloaded", words, {"Retry-After": "10"})
 
 
 def _check_plain(name: str, value: JsonValue, limits: Limits, depth: int) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
+from functools import partial
 
 from fastapi import APIRouter, FastAPI, Header, Response
 
-from triptych.engine.job import ENDED, Event, Job
+from triptych.engine.job import Job
 from triptych.server import traces
 from triptych.server.metrics import Metrics, Responses
 from triptych.server.phases import phases
+from triptych.server.records import Record
 from triptych.server.service import Service
 
 
@@ -27,18 +29,9 @@ class Telemetry:
         self._service = service
         service.records.observers.append(self.watch)
 
-    def watch(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
-        """Follow a job; called where its HTTP request is answered."""
-        traceparent = traces.parent.get()
-
-        def hear(event: Event) -> None:
-            if event.kind in ENDED:
-                try:
-                    loop.call_soon_threadsafe(self._ended, job, traceparent)  # not in the engine's thread
-                except RuntimeError:
-                    pass  # the loop is closed
-
-        job.listen(hear)
+    def watch(self, job: Job | None) -> Callable[[Record], None]:
+        """Return what is to be called at the end of a job's record; asked for where its HTTP request is answered."""
+        return partial(self._ended, job, traces.parent.get())
 
     def close(self) -> None:
         """Send what has not been sent; waits for the collector for some seconds."""
@@ -63,11 +56,11 @@ class Telemetry:
 
         return router
 
-    def _ended(self, job: Job, traceparent: str | None) -> None:
-        engine, events = self._service.engine, list(job.events())
+    def _ended(self, job: Job | None, traceparent: str | None, record: Record) -> None:
+        engine, events = self._service.engine, record.events if job is None else list(job.events())
         recipe = [] if engine is None else engine.front.family.recipe
-        timings = job.result().timings if job.status == "done" else {}
+        timings = job.result().timings if job is not None and job.status == "done" else {}
         past = phases(events, timings, {name: stage.role.value for name, stage in recipe})
-        self.metrics.ended(job.status, events, past)
+        self.metrics.ended(record.status, events, past)
         if self.traces is not None:
-            self.traces.ended(job, events, past, traceparent)
+            self.traces.ended(record, events, past, traceparent)

@@ -13,8 +13,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import triptych
-from triptych.engine.job import Event, Job
+from triptych.engine.job import Event
 from triptych.server.phases import Phase
+from triptych.server.records import Record
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -62,7 +63,7 @@ class Traces:
         self._provider = provider
         self._tracer = provider.get_tracer("triptych", triptych.__version__)
 
-    def ended(self, job: Job, events: Sequence[Event], past: Iterable[Phase], traceparent: str | None) -> None:
+    def ended(self, record: Record, events: Sequence[Event], past: Iterable[Phase], traceparent: str | None) -> None:
         """Tell of a request; it is a child of whatever its caller was doing."""
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -73,7 +74,7 @@ class Traces:
             context=caller,
             kind=SpanKind.SERVER,
             start_time=_ns(events[0].time),
-            attributes={"triptych.request.id": job.id, "triptych.outcome": job.status},
+            attributes={"triptych.request.id": record.id, "triptych.outcome": record.status},
         )
         for event in events:
             if event.kind == "retried":
@@ -90,8 +91,9 @@ class Traces:
             if phase.lost is not None:
                 span.set_status(Status(StatusCode.ERROR, phase.lost))
             span.end(_ns(phase.end))
-        if job.status == "failed":
-            root.set_status(Status(StatusCode.ERROR, str(job.error)))
+        if record.status == "failed":
+            reason = None if record.error is None else record.error.message
+            root.set_status(Status(StatusCode.ERROR, reason))
         root.end(_ns(events[-1].time))
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Collection, Generator, Hashable, MutableMapping, Sequence
 from contextlib import nullcontext
@@ -212,6 +213,31 @@ class Denoising(Stage):
     def new_scheduler(self) -> Any:
         """Return a scheduler of the model's own kind and configuration, for one request."""
         return type(self.scheduler).from_config(self.scheduler.config)
+
+    def take_step(
+        self,
+        state: View,
+        i: int,
+        noise: torch.Tensor,
+        *,
+        scheduler: Any = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the latents, by default the state's, after step i of a scheduler, by default the state's.
+
+        A scheduler that draws noise draws it from the request's generator, so that the seed decides. The oracles leave that
+        to torch's global state, which everything else in a process draws from, too.
+        """
+        scheduler = state.scheduler if scheduler is None else scheduler
+        latents = state.latents if latents is None else latents
+        drawing = {"generator": state.generator} if self._scheduler_draws else {}
+        stepped: torch.Tensor = scheduler.step(noise, state.timesteps[i], latents, **drawing, return_dict=False)[0]
+        return stepped
+
+    @cached_property
+    def _scheduler_draws(self) -> bool:
+        """Whether the model's kind of scheduler takes a generator for what it may draw."""
+        return "generator" in inspect.signature(type(self.scheduler).step).parameters
 
     def call(self, forward: Forward) -> torch.Tensor:
         """Run one forward; returns the prediction, with a row for each output."""

@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import mimetypes
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,7 +18,11 @@ from PIL import Image
 from serving import Caller, engine, idle, served, settled
 
 from triptych.engine.local import LocalEngine
+from triptych.errors import ParameterError
 from triptych.server.limits import Limits
+from triptych.server.openai import form
+from triptych.server.openai.form import Fields, _add, settle
+from triptych.server.submission import Submission
 
 Float = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -35,6 +41,14 @@ def editor(tiny_repo: Callable[..., Path]) -> Iterator[openai.OpenAI]:
     """The client of a server whose family edits pictures."""
     devices: dict[str, Any] = dict.fromkeys(("encoder", "denoiser", "decoder"), "cpu")
     with LocalEngine(tiny_repo("flux2_klein"), **devices, warm_up=False) as made, served(serves=made) as caller:
+        yield client_of(caller.url)
+
+
+@pytest.fixture(scope="module")
+def layers(tiny_repo: Callable[..., Path]) -> Iterator[openai.OpenAI]:
+    """The client of a server whose family takes pictures apart into layers."""
+    devices: dict[str, Any] = dict.fromkeys(("encoder", "denoiser", "decoder"), "cpu")
+    with LocalEngine(tiny_repo("qwen_image_layered"), **devices, warm_up=False) as made, served(serves=made) as caller:
         yield client_of(caller.url)
 
 
@@ -288,6 +302,7 @@ def test_models_are_listed_and_found_by_name(client: openai.OpenAI) -> None:
     assert answer.data
 
 
+LAYERS = {"num_inference_steps": 2, "seed": 5}
 SMALL = {"num_inference_steps": 2, "max_sequence_length": 24, "seed": 5}
 
 
@@ -315,6 +330,23 @@ def test_several_pictures_are_edited_into_one_as_a_stream(editor: openai.OpenAI)
     assert {opened(each.b64_json).size for each in events} == {(64, 48)}
 
 
+def test_a_form_carries_loras_as_the_client_sends_them(editor: openai.OpenAI) -> None:
+    loras = [{"path": "none.safetensors", "scale": 0.5}, {"path": "7"}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        editor.images.edit(image=picture(), prompt="a fox", extra_body={**SMALL, "lora": loras})
+    assert (caught.value.param, caught.value.code) == ("lora", "bad_parameter"), "it is understood, and not there"
+    fields = Fields()
+    for name, value in (("path", "7"), ("scale", "0.5"), ("path", "b")):
+        _add(fields, f"lora[][{name}]", value)
+    fields.texts = True
+    assert settle(fields, {"lora": "loras"}) == {"lora": [{"path": "7", "scale": 0.5}, {"path": "b"}]}
+    for name in ("lora[]", "lora[path]", "lora"):
+        with pytest.raises(ParameterError, match="given twice"):
+            _add(fields, name, "c")
+    with pytest.raises(ParameterError, match="given twice"):
+        _add(Fields(lora=["a"]), "lora[][path]", "c")
+
+
 def test_a_mask_is_refused_where_the_family_has_none(editor: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="Flux2KleinPipeline edits whole pictures") as caught:
         editor.images.edit(image=picture(), mask=picture(), prompt="a fox", extra_body=SMALL)
@@ -337,6 +369,58 @@ def test_no_pictures_at_all_are_refused_by_name(editor: openai.OpenAI) -> None:
         error = response.json()["error"]
         assert (response.status_code, error["param"]) == (400, "image"), error
         assert "one picture or several are accepted" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "format", "told"),
+    [(None, "png", "transparent"), ("transparent", "webp", "transparent"), ("opaque", "jpeg", "opaque")],
+)
+def test_layers_are_told_to_be_transparent(layers: openai.OpenAI, asked: Any, format: Any, told: str) -> None:
+    answer = layers.images.edit(
+        image=picture(), prompt="a fox", background=asked or openai.omit, output_format=format, extra_body=LAYERS
+    )
+    assert answer.data is not None and answer.background == told
+    assert opened(answer.data[0].b64_json).mode == ("RGBA" if told == "transparent" else "RGB")
+
+
+def test_layers_cannot_be_opaque(layers: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="makes layers, which are transparent: ask for jpeg") as caught:
+        layers.images.edit(image=picture(), prompt="a fox", background="opaque", extra_body=LAYERS)
+    assert caught.value.param == "background"
+
+
+def test_whoever_asked_is_told_back_in_a_stream_too(client: openai.OpenAI) -> None:
+    events: list[Any] = list(
+        client.images.generate(
+            prompt="a fox", stream=True, extra_body={"num_inference_steps": 1, "safety_identifier": "one"}
+        )
+    )
+    assert events[-1].safety_identifier == "one"
+
+
+def test_the_kind_of_a_picture_with_an_address_is_told_where_the_system_knows_none(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = client.images.generate(
+        prompt="a fox", response_format="url", output_format="webp", extra_body={"num_inference_steps": 1}
+    )
+    monkeypatch.setattr(mimetypes, "guess_type", lambda *_, **__: (None, None))
+    assert answer.data is not None
+    assert httpx.get(str(answer.data[0].url)).headers["content-type"] == "image/webp"
+
+
+@pytest.mark.parametrize(("path", "name"), [("images/generations", "seed"), ("requests", "parameters")])
+def test_a_body_of_very_many_values_is_refused_unread(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch, path: str, name: str
+) -> None:
+    def unread(*_: Any) -> None:
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr(form, "json", SimpleNamespace(loads=unread))
+    monkeypatch.setattr(Submission, "model_validate_json", unread)
+    body = f'{{"prompt": "a", "{name}": [{",".join(["[]"] * 300_000)}]}}'
+    response = caller.post(f"/v1/{path}", content=body.encode())
+    assert (response.status_code, "500000 values" in response.text) == (400, True), response.text
 
 
 def test_requests_without_previews_are_told_of_none(caller: Caller, client: openai.OpenAI) -> None:

@@ -8,19 +8,24 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from anyio import to_thread
 from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from triptych.errors import ParameterError, UsageError
 from triptych.server.problems import Refusal
+from triptych.server.submission import check_values
 
 _FIELDS = 128
 """Of one form."""
+_LONGEST = 100_000
+"""Characters of a number, a flag or a list."""
 _SIZE = re.compile(r"(\d{1,5})\s*[xX]\s*(\d{1,5})")
 _HALF = re.compile(r"[\ud800-\udfff]")
 """Of a surrogate pair: JSON may escape it alone, and no answer could repeat it."""
 _NESTED = re.compile(r"([^\[\]]+)\[([^\[\]]*)\]")
+_LISTED = re.compile(r"([^\[\]]+)\[\]\[([^\[\]]+)\]")
 
 
 class Fields(dict[str, Any]):
@@ -49,12 +54,17 @@ async def read_fields(request: Request, files: int) -> Fields:
     if kind not in ("", "application/json", "application/x-www-form-urlencoded"):  # the last: curl's default
         raise Refusal(415, "unsupported_media_type", f"{kind}: application/json or multipart/form-data is accepted")
     try:
-        value = json.loads(await request.body())
+        value = await to_thread.run_sync(_parsed, await request.body())
     except (ValueError, RecursionError) as error:
         raise UsageError(f"the body is no JSON: {error}") from None
     if not isinstance(value, dict):
         raise UsageError("the body is not what is accepted: an object of fields is")
     return Fields(value)
+
+
+def _parsed(body: bytes) -> Any:
+    check_values(body)
+    return json.loads(body)
 
 
 class _Parser(MultiPartParser):
@@ -108,7 +118,19 @@ async def _form(request: Request, files: int) -> Fields:
 
 
 def _add(fields: Fields, name: str, value: str | bytes) -> None:
-    """Add a field of a form: `name`, `name[]` for one of a list, `name[key]` for one of an object."""
+    """Add a field of a form: `name`, `name[]` for one of a list, `name[key]` for one of an object.
+
+    `name[][key]` is for one of an object in a list; a key that this has already begins the next one.
+    """
+    if (listed := _LISTED.fullmatch(name)) is not None:
+        name, key = listed.groups()
+        objects = fields.setdefault(name, [])
+        if not isinstance(objects, list) or not all(isinstance(each, dict) for each in objects):
+            raise ParameterError(name, _told(value), "it is given twice, in two ways")
+        if not objects or key in objects[-1]:
+            objects.append({})
+        objects[-1][key] = value
+        return
     nested = _NESTED.fullmatch(name)
     if nested is None:
         if name in fields:
@@ -119,7 +141,7 @@ def _add(fields: Fields, name: str, value: str | bytes) -> None:
     held = fields.setdefault(name, {} if key else [])
     if isinstance(held, dict) and key and key not in held:
         held[key] = value
-    elif isinstance(held, list) and not key:
+    elif isinstance(held, list) and not key and not any(isinstance(each, dict) for each in held):
         held.append(value)
     else:
         raise ParameterError(name, _told(value), "it is given twice, in two ways")
@@ -161,6 +183,8 @@ def settle(fields: Fields, kinds: Mapping[str, str]) -> dict[str, Any]:
             settled[name] = _plain(value)
         elif isinstance(value, list):
             settled[name] = [_plain(each) if isinstance(each, str) else each for each in value]
+            if kind == "loras":
+                settled[name] = [_lora(each) if isinstance(each, dict) else each for each in settled[name]]
     _check_texts(settled)
     return settled
 
@@ -168,10 +192,17 @@ def settle(fields: Fields, kinds: Mapping[str, str]) -> dict[str, Any]:
 def _plain(text: str) -> Any:
     if not text:
         return None  # how clients send none
+    if len(text) > _LONGEST:
+        return text
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text  # whoever checks the value says what is accepted
+
+
+def _lora(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a LoRA of a form: all but its path may be a number."""
+    return {key: _plain(each) if isinstance(each, str) and key != "path" else each for key, each in given.items()}
 
 
 def _check_texts(fields: Mapping[str, Any]) -> None:

@@ -114,9 +114,14 @@ def order_of(fields: Fields, engine: Engine, limits: Limits, *, edit: bool) -> I
     _add_steps(given, quality, engine, limits)
     format: Format = _one_of("output_format", own["output_format"], "png", "jpeg", "webp")  # type: ignore[assignment]
     background = _one_of("background", own["background"], "auto", "opaque", "transparent")
+    transparent = "layers" in kinds and format != "jpeg"
     if background == "transparent" and "layers" not in kinds:
         raise ParameterError(
             "background", background, f"{told.family} makes opaque pictures: auto or opaque is accepted"
+        )
+    if background == "opaque" and transparent:
+        raise ParameterError(
+            "background", background, f"{told.family} makes layers, which are transparent: ask for jpeg"
         )
     if background == "transparent" and format == "jpeg":
         raise ParameterError("background", background, "JPEG has no transparency: ask for png or webp")
@@ -132,14 +137,14 @@ def order_of(fields: Fields, engine: Engine, limits: Limits, *, edit: bool) -> I
     if stream and (count > 1 or links):
         field = "n" if count > 1 else "response_format"
         raise ParameterError(field, own[field], "a stream brings one picture, as b64_json")
-    request = request_of(submission_of(given), limits)
+    request = request_of(submission_of(given), limits, transparency=engine.front.family.transparency)
     check_model(own["model"], told.model)
     return ImageOrder(
         request=request,
         format=format,
         compression=compression,
         quality={"auto": "medium", "standard": "medium", "hd": "high"}.get(quality, quality),
-        background="transparent" if background == "transparent" else "opaque",
+        background="transparent" if transparent else "opaque",
         links=links,
         stream=stream,
         previews=previews,

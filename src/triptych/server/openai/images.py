@@ -110,7 +110,8 @@ def images_router(service: Service) -> APIRouter:
         except FileNotFoundError:
             raise Refusal(404, "not_found", "this picture is no longer kept") from None
         record.fetched = True
-        return KeptFile(path, filename=path.name, content_disposition_type="inline")
+        media_type = next(each.media_type for each in FORMATS["images"] if each.suffix == suffix)
+        return KeptFile(path, media_type=media_type, filename=path.name, content_disposition_type="inline")
 
     return router
 
@@ -183,7 +184,7 @@ async def _events(record: Record, files: Files, kind: str, keep_alive: float) ->
             index += 1
     record.fetched = True
     if record.status == "done":
-        more = {"usage": files.usage().model_dump(), "seed": record.seed}
+        more = {"usage": files.usage().model_dump(), "seed": record.seed, "safety_identifier": order.user}
         yield _encoded(event(order, f"{kind}.completed", files.data[0], files.size, **more))
     else:
         yield _encoded({"type": "error", "error": _problem(record).body()})

@@ -75,7 +75,7 @@ def order_of(fields: Fields, engine: Engine, limits: Limits) -> VideoOrder:
     _add_pictures(given, own["input_reference"], kinds)
     if asked is not None:
         given["num_frames"] = asked
-    request = request_of(submission_of(given), limits)
+    request = request_of(submission_of(given), limits, transparency=engine.front.family.transparency)
     settled = _admitted(engine, request, snap=asked is not None)
     try:
         check_outputs(settled, limits, family)
