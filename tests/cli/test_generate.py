@@ -133,6 +133,27 @@ def test_layers_do_not_replace_those_of_another_run(tiny_repo: TinyRepo, capsys:
     assert Path("a-fox-7-1.png").read_bytes() == b"another run's"
 
 
+def test_layers_are_of_what_is_transparent_and_others_see_opaque_pictures(tiny_repo: TinyRepo, klein: str) -> None:
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGBA")
+    picture.putalpha(picture.getchannel("R"))
+    for mode in ("RGBA", "RGB"):
+        picture.convert(mode).save(f"{mode}.png")
+    layered = str(tiny_repo("qwen_image_layered"))
+    seed = ["--seed", "7"]
+    few = ["--param", "layers=2", "--steps", "2", "--device", "cpu", "-q", *seed]
+    for mode in ("RGBA", "RGB"):
+        assert run(["generate", layered, "a fox", "--image", f"{mode}.png", *few, "-o", f"layers-{mode}.png"]) == 0
+        assert (
+            run(["generate", klein, "a fox", "--image", f"{mode}.png", "-o", f"edited-{mode}.png", *seed, *QUICK]) == 0
+        )
+    made = triptych.load(layered, device="cpu").generate(
+        prompt="a fox", image=picture, layers=2, num_inference_steps=2, seed=7
+    )
+    for k, path in enumerate(made.save("expected.png")):
+        assert pixels(path) == pixels(f"layers-RGBA-{k}.png") != pixels(f"layers-RGB-{k}.png")
+    assert pixels("edited-RGBA.png") == pixels("edited-RGB.png")
+
+
 def test_a_video_family_writes_a_video(tiny_repo: TinyRepo, capsys: pytest.CaptureFixture[str]) -> None:
     repo = str(tiny_repo("wan"))
     options = ["--num-frames", "3", "--num-images", "2", "--steps", "1", "--size", "32x16", "--seed", "1"]

@@ -1,7 +1,10 @@
 """FLUX.1 gives what diffusers gives, whole and split, and refuses what it cannot do."""
 
+import json
 import logging
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +84,26 @@ def test_each_text_reaches_its_own_encoder_and_every_parameter_changes_the_pictu
     ]
     for change in changes:
         assert differ(flux.check(**{**GUIDED, **change}), drawn), change
+
+
+@pytest.mark.parametrize("kind", ["FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"])
+def test_what_a_scheduler_draws_comes_from_the_seed(flux: Parity, tmp_path: Path, kind: str) -> None:
+    repo = shutil.copytree(flux.repo, tmp_path / "repo")
+    index, file = repo / "model_index.json", repo / "scheduler" / "scheduler_config.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": ["diffusers", kind]}))
+    config = {**json.loads(file.read_text()), "_class_name": kind}
+    file.write_text(json.dumps({**config, **({"stochastic_sampling": True} if "Euler" in kind else {})}))
+    noisy = Parity(repo)
+    made = noisy.whole(**CALL, output_type="pt")
+    torch.rand(3)
+    assert_same(noisy.whole(**CALL, output_type="pt"), made, "again, with another global state")
+    assert_same(noisy.split(**CALL, output_type="pt"), made, "split")
+    assert differ(noisy.whole(**CALL, seed=8, output_type="pt"), made)
+    # The oracle leaves it to the global state: it is given the call's generator here.
+    step, generator = noisy.pipeline.scheduler.step, torch.Generator().manual_seed(7)
+    noisy.pipeline.scheduler.step = partial(step, generator=generator)
+    images = noisy.pipeline(generator=generator, **CALL, output_type="pt").images
+    assert_same(images, made, "diffusers")
 
 
 def test_given_sigmas_are_used_as_diffusers_uses_them(either: Parity) -> None:

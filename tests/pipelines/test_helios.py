@@ -323,6 +323,15 @@ def test_videos_and_images_come_in_any_form_that_diffusers_takes(video: Video) -
         assert_same(video.ours(image=form, **short), of_image, str(type(form)))
 
 
+def test_pictures_of_another_mode_are_taken_for_what_they_show_in_colour(video: Video) -> None:
+    frames = [Image.new("RGB", (56, 40), (shade, 90, 30)) for shade in range(0, 210, 30)]
+    short = {"num_frames": 5, "num_inference_steps": 1, "guidance_scale": 1.0}
+    others = [each.convert("RGBA") for each in frames]
+    assert_same(video.ours(image=others[1], **short), video.ours(image=frames[1], **short), "image")
+    for given, seen in ((others, frames), ([others], [frames])):
+        assert_same(video.ours(video=given, **short), video.ours(video=seen, **short), "video")
+
+
 @pytest.mark.parametrize(
     ("dtype", "sampling"),
     [

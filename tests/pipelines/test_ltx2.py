@@ -225,6 +225,12 @@ def test_an_image_that_is_not_compressed_may_be_a_tensor(first: Video) -> None:
     assert differ(first.of(image=FIRST, image_crf=0)[0], first.of(image=FIRST)[0])
 
 
+def test_a_picture_of_another_mode_is_taken_for_what_it_shows_in_colour(first: Video) -> None:
+    expected = first.ours(image=FIRST, image_crf=0)
+    for got, wanted in zip(first.ours(image=FIRST.convert("RGBA"), image_crf=0), expected):
+        assert_same(got, wanted, "RGBA")
+
+
 def test_given_latents_take_the_place_of_the_noise(first: Video, given: dict[str, Any]) -> None:
     draw = torch.Generator().manual_seed(1)
     latents = {"latents": torch.randn(1, 6, 3, 4, 8, generator=draw)}

@@ -15,6 +15,7 @@ from transformers.utils import is_torchvision_available
 
 import triptych
 from triptych.errors import ParameterError, UsageError
+from triptych.pipelines.qwen_image_edit import QwenEditDenoising
 
 from .parity import DTYPES, ROLES, Parity, assert_joined_within_tolerance, assert_same, differ
 
@@ -240,6 +241,32 @@ def test_a_transformer_that_modulates_given_pictures_as_clean_is_that_of_diffuse
     by_token.check(**call)
     call["num_inference_steps"] = 8
     assert_joined_within_tolerance(by_token, "qwen_edit_denoising", monkeypatch, call)
+
+
+@pytest.mark.parametrize("shapes", [[(1, 8, 4)], [(1, 8, 4), (1, 6, 40)]])
+@pytest.mark.parametrize(("branch", "name"), [("cond", "prompt"), ("uncond", "negative_prompt")])
+def test_a_text_for_which_there_are_no_positions_is_refused(
+    edit: Parity, branch: str, name: str, shapes: list[tuple[int, int, int]]
+) -> None:
+    stage: Any = next(each for each in edit.model.stages if isinstance(each, QwenEditDenoising))
+
+    def text(tokens: int) -> dict[str, dict[str, torch.Tensor]]:
+        lengths = {"cond": 1, "uncond": 1, branch: tokens}
+        return {each: {"encoder_hidden_states": torch.empty(1, length, 1)} for each, length in lengths.items()}
+
+    longest = 4096 - max(max(shape) for shape in shapes) // 2
+    for tokens, fits in ((longest, True), (longest + 1, False)):
+        _, positions = stage.transformer.pos_embed([shapes], device=torch.device("cpu"), max_txt_seq_len=tokens)
+        assert (len(positions) == tokens) is fits, "what diffusers has positions for"
+    stage.check_positions(text(longest), shapes)
+    with pytest.raises(ParameterError, match=f"^{name}='<{longest + 1} tokens>': at most {longest} tokens"):
+        stage.check_positions(text(longest + 1), shapes)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_prompt_that_is_far_too_long_is_refused_by_name(edit: Parity) -> None:
+    with pytest.raises(ParameterError, match="prompt='<.* tokens>': at most .* beside these pictures"):
+        edit.model.generate(**{**CALL, "prompt": "fox " * 4100, "image": picture(30)})
 
 
 @pytest.mark.usefixtures("small")

@@ -342,6 +342,14 @@ def test_an_image_may_be_a_tensor_or_in_a_list_of_its_own(video: Video) -> None:
     assert differ(video.of(**changes), video.base)
 
 
+def test_pictures_of_another_mode_are_taken_for_what_they_show_in_colour(video: Video) -> None:
+    seen = FIRST.convert("P").convert("RGB")
+    assert_same(video.ours(image=FIRST.convert("RGBA")), video.base, "RGBA")
+    assert_same(video.ours(image=FIRST.convert("P")), video.of(image=seen), "P")
+    if video.version == "2.1-flf":
+        assert_same(video.ours(last_image=LAST.convert("RGBA")), video.base, "last")
+
+
 def test_components_may_have_dtypes_of_their_own(clip: Video) -> None:
     # As published: CLIP and the autoencoder in float32, the rest in bfloat16.
     dtypes = {"default": torch.bfloat16, "image_encoder": torch.float32, "vae": torch.float32}
@@ -440,6 +448,7 @@ def test_a_length_of_text_that_diffusers_misreads_is_followed_with_a_warning(
         ("2.2-5b", {"last_image": LAST}, ParameterError, "last_image=.*from its first frame only"),
         ("2.2", {"last_image": "fox.png"}, ParameterError, "last_image='fox.png': a PIL image or a tensor"),
         ("2.2", {"last_image": LAST, "num_frames": 1}, ParameterError, "num_frames=1: .* 5 or more are accepted"),
+        ("2.1-flf", {"image": torch.zeros(3, 32, 48)}, ParameterError, "last_image='Image': a tensor is accepted"),
         ("2.1-flf", {"last_image": None}, ParameterError, "last_image=None: .*from its first and its last frame"),
         ("2.1", {"height": 40}, ParameterError, "height=40: .* multiple of 16 .* 32 or 48"),
         ("2.1", {"width": 5}, ParameterError, "width=5: .* multiple of 16 .* 16$"),

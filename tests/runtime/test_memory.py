@@ -49,6 +49,16 @@ def test_what_requests_leave_behind_is_given_back_when_nothing_is_to_be_done(mon
         assert kept.sum() == SIZE
 
 
+@pytest.mark.parametrize("used", [True, False])
+def test_what_is_kept_of_cards_that_were_used_is_given_back_too(monkeypatch: pytest.MonkeyPatch, used: bool) -> None:
+    given: list[bool] = []
+    monkeypatch.setattr(memory, "_next", 0.0)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append(True))
+    memory.give_back()
+    assert given == [True] * used
+
+
 FAULTS = """
 import resource
 import torch

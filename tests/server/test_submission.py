@@ -165,6 +165,16 @@ def test_the_pictures_of_all_requests_that_have_not_ended_are_bounded_before_the
         request_of(sent, Limits(pixels=64))
 
 
+def test_transparency_is_kept_for_those_that_see_it() -> None:
+    for mode, seen in (("RGBA", "RGBA"), ("LA", "RGBA"), ("RGB", "RGB"), ("L", "RGB")):
+        file = io.BytesIO()
+        Image.new(mode, (8, 8)).save(file, "PNG")
+        sent = Submission(parameters={"image": base64.b64encode(file.getvalue()).decode()})
+        for transparency, expected in ((True, seen), (False, "RGB")):
+            opened: Any = request_of(sent, Limits(), transparency=transparency).parameters["image"]
+            assert opened.mode == expected, mode
+
+
 def test_one_request_alone_is_never_refused_for_want_of_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pictures, "_all", WeakSet())
     request_of(Submission(parameters={"image": in_base64(64)}), Limits(waiting_pixels=1))

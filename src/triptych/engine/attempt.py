@@ -104,14 +104,20 @@ class Attempt:
             Cancelled: it was taken back.
         """
         import torch
+        from torch.utils._pytree import tree_leaves
 
         from triptych.runtime.lanes import Work
         from triptych.runtime.preview import Previews, Projection
+
+        # A card may still read what a stage has dropped; and where that came from another process's card, the next to come is
+        # written in its place without waiting for that.
+        arrived = [each for each in tree_leaves(state.fields) if isinstance(each, torch.Tensor) and each.is_cuda]
 
         def done(outcome: State | Exception) -> None:
             with self._lock:  # it knows this function: in a circle its state would stay until Python looks for those
                 work, self._work = self._work, None
             assert work is not None
+            arrived.clear()
             ended(outcome, work.seconds)
 
         def report(stage: str, step: int, steps: int) -> None:

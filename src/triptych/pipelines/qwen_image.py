@@ -80,6 +80,7 @@ class QwenDenoising(Denoising):
         embeds = text["cond"]["encoder_hidden_states"]
         state.latents = self.noise(state, len(embeds), embeds.dtype)
         state.conditioning = {"text": text, "common": self.common(state, len(embeds))}
+        self.check_positions(text, state.conditioning["common"]["img_shapes"][0])
         steps = state.num_inference_steps
         state.scheduler = self.new_scheduler()
         sigmas = self.sigmas(steps) if state.sigmas is None else state.sigmas
@@ -103,6 +104,21 @@ class QwenDenoising(Denoising):
         """Return frames, rows and columns of each picture among one row's tokens."""
         patch = self.helpers.vae_scale_factor * 2
         return [(1, state.height // patch, state.width // patch)]
+
+    def check_positions(self, text: Mapping[str, Mapping[str, Any]], shapes: Sequence[Sequence[int]]) -> None:
+        """Check that the transformer has a position for every token of the texts; they come after those of the pictures.
+
+        Raises:
+            ParameterError: a text is too long.
+        """
+        embedding = self.transformer.pos_embed
+        side = max(max(shape[1:]) for shape in shapes)
+        longest = len(embedding.pos_freqs) - (side // 2 if embedding.scale_rope else side)
+        for name, branch in (("prompt", "cond"), ("negative_prompt", "uncond")):
+            tokens = text[branch]["encoder_hidden_states"].shape[1] if branch in text else 0
+            if tokens > longest:
+                accepted = f"at most {longest} tokens are accepted beside these pictures, and these are {tokens}"
+                raise ParameterError(name, f"<{tokens} tokens>", accepted)
 
     def sigmas(self, steps: int) -> Any:
         """Return the noise levels that the oracle starts from."""

@@ -75,7 +75,7 @@ class WanDenoising(Denoising):
         "prompt_embeds", "negative_prompt_embeds", "generator", "latents", "height", "width", "num_frames",
         "num_videos_per_prompt", "num_inference_steps", "guidance_scale", "guidance_scale_2", "exact",
     }  # fmt: skip
-    writes = {"latents", "conditioning", "scheduler", "timesteps"}
+    writes = {"latents", "conditioning", "scheduler", "timesteps", "late_steps"}
 
     def begin(self, state: View) -> None:
         branches = {"cond": state.prompt_embeds, "uncond": state.negative_prompt_embeds}
@@ -89,6 +89,7 @@ class WanDenoising(Denoising):
         if hasattr(state.scheduler, "set_begin_index"):
             state.scheduler.set_begin_index(0)
         state.timesteps = state.scheduler.timesteps
+        state.late_steps = self.late_steps(state)
         state.latents = self.noise(state, len(state.conditioning["cond"]))
 
     def noise(self, state: View, videos: int) -> torch.Tensor:
@@ -110,7 +111,7 @@ class WanDenoising(Denoising):
 
     def model_inputs(self, state: View, i: int) -> list[Forward]:
         common = {"hidden_states": state.latents.to(self.transformer_dtype), "timestep": self.timestep(state, i)}
-        model = "transformer_2" if self.is_late(state, i) else "transformer"
+        model = "transformer_2" if state.late_steps[i] else "transformer"
         cache = {
             "step_index": i,
             "sigma": float(state.scheduler.sigmas[i]),
@@ -134,14 +135,17 @@ class WanDenoising(Denoising):
         each: torch.Tensor = (ones[:, ::2, ::2] * t).flatten().unsqueeze(0).expand(videos, -1)
         return each
 
-    def is_late(self, state: View, i: int) -> bool:
-        """Return whether step i is the second transformer's."""
+    def late_steps(self, state: View) -> list[bool]:
+        """Return which steps are the second transformer's: all at once, because to ask is to wait for the device."""
         ratio = self.helpers.config.boundary_ratio
-        return ratio is not None and bool(state.timesteps[i] < ratio * state.scheduler.config.num_train_timesteps)
+        if ratio is None:
+            return [False] * len(state.timesteps)
+        late: list[bool] = (state.timesteps < ratio * state.scheduler.config.num_train_timesteps).tolist()
+        return late
 
     def advance(self, state: View, i: int, prediction: Sequence[torch.Tensor]) -> None:
         scale = state.guidance_scale
-        if self.is_late(state, i) and state.guidance_scale_2 is not None:
+        if state.late_steps[i] and state.guidance_scale_2 is not None:
             scale = state.guidance_scale_2
         noise, *rest = prediction
         for unconditional in rest:

@@ -128,7 +128,7 @@ class I2VDenoising(WanDenoising):
     def model_inputs(self, state: View, i: int) -> list[Forward]:
         videos = len(state.latents)
         rows = 1 if state.one_by_one else videos
-        model = "transformer_2" if self.is_late(state, i) else "transformer"
+        model = "transformer_2" if state.late_steps[i] else "transformer"
         images = None if state.image_embeds is None else state.image_embeds.repeat(rows, 1, 1)
         common = {
             "timestep": self.timestep(state, i)[:rows],

@@ -17,10 +17,12 @@ import ctypes
 import functools
 import logging
 import platform
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def give_back() -> bool:
     try:
         if (glibc := _glibc()) is not None:
             glibc.malloc_trim(0)
+        _give_back_cards()
         _next = time.monotonic() + EVERY
     finally:
         _giving.release()
@@ -78,6 +81,13 @@ def gather() -> None:
             begin += nbytes
     if gathered:
         log.info("%.0f MB lie in huge pages now, after %.2f s", gathered / 1e6, time.monotonic() - began)
+
+
+def _give_back_cards() -> None:
+    """Let other processes have what PyTorch keeps of the cards' memory: a role that is idle may share one with a busy one."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _own() -> Iterator[tuple[int, int]]:

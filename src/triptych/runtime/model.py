@@ -27,6 +27,7 @@ from triptych.pipelines.registry import open_family
 from triptych.request import Request, fill_in, split_prompts
 from triptych.result import Result, is_plain
 from triptych.roles import WORKERS, RoleType, parse_roles, role_name
+from triptych.runtime import streams
 from triptych.runtime.accelerated import Accelerated
 from triptych.runtime.segment import OnStep, Segment, finish, run_segment
 from triptych.stages.base import Stage, Undeclared
@@ -141,7 +142,8 @@ class Model:
         state = self.admit(work) if isinstance(work, Request) else work.copy()
         self.check_turn(state)
         while state.next_role in self.roles:
-            finish(self.segment(state, on_step))
+            with streams.on(self.device):
+                finish(self.segment(state, on_step))
         return state
 
     def check_turn(self, state: State) -> None:

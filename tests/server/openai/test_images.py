@@ -383,6 +383,17 @@ def test_layers_are_told_to_be_transparent(layers: openai.OpenAI, asked: Any, fo
     assert opened(answer.data[0].b64_json).mode == ("RGBA" if told == "transparent" else "RGB")
 
 
+def test_layers_are_of_what_is_transparent(layers: openai.OpenAI) -> None:
+    made = []
+    for mode in ("RGBA", "RGB"):
+        file = io.BytesIO()
+        Image.new("RGBA", (64, 64), (200, 30, 60, 90)).convert(mode).save(file, "PNG")
+        answer = layers.images.edit(image=file.getvalue(), prompt="a fox", extra_body=LAYERS)
+        assert answer.data is not None
+        made.append(answer.data[0].b64_json)
+    assert made[0] != made[1]
+
+
 def test_layers_cannot_be_opaque(layers: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="makes layers, which are transparent: ask for jpeg") as caught:
         layers.images.edit(image=picture(), prompt="a fox", background="opaque", extra_body=LAYERS)
