@@ -1,5 +1,6 @@
 """The comparison that every family's tests make: loaded whole, loaded by role, and diffusers give the same bits."""
 
+import functools
 import json
 import os
 import subprocess
@@ -29,6 +30,18 @@ VISIBLE = 5e-4
 # Beyond `exact`: of one forward, relative to its largest value; of the final pixels, at 8 steps or fewer.
 FORWARD_TOLERANCE = 2e-5
 PIXEL_TOLERANCE = 1e-4
+
+
+def count_from_the_first(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have an oracle's scheduler begin at its first step, where its pipeline does not say so and noise levels are equal."""
+    set_timesteps = scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)  # whose signature pipelines look at
+    def from_the_first(*args: Any, **options: Any) -> None:
+        set_timesteps(*args, **options)
+        scheduler.set_begin_index(0)
+
+    monkeypatch.setattr(scheduler, "set_timesteps", from_the_first)
 
 
 def in_both_dtypes(versions: Sequence[str]) -> list[Any]:

@@ -17,7 +17,7 @@ from transformers.utils import is_torchvision_available
 import triptych
 from triptych.errors import ParameterError, UnknownParameterError, UsageError
 
-from .parity import DTYPES, ROLES, Parity, assert_joined_within_tolerance, assert_same, differ
+from .parity import DTYPES, ROLES, Parity, assert_joined_within_tolerance, assert_same, count_from_the_first, differ
 
 TinyRepo = Callable[..., Path]
 
@@ -243,6 +243,11 @@ def test_the_vision_language_model_and_the_transformer_both_see_the_picture(edit
 def test_a_picture_may_come_alone_or_as_a_list_and_is_then_seen_as_it_is(either_edit: Parity) -> None:
     image = picture(30, 20, 10)
     assert differ(either_edit.check(**GUIDED, image=[image]), either_edit.check(**GUIDED, image=image))
+
+
+def test_the_first_noise_levels_may_be_equal(longcat: Parity, monkeypatch: pytest.MonkeyPatch) -> None:
+    count_from_the_first(longcat.pipeline.scheduler, monkeypatch)
+    longcat.check(**DRAWN, sigmas=[0.7, 0.7, 0.2])
 
 
 @pytest.mark.usefixtures("small")

@@ -276,6 +276,12 @@ def test_given_embeddings_take_the_place_of_the_prompts(video: Video) -> None:
         video.model.admit(triptych.Request(**{**CALL, **without, **embeds, "num_videos_per_prompt": 2}))
 
 
+def test_the_first_noise_levels_may_be_equal(first: Video) -> None:
+    first.of(sigmas=[0.7, 0.7, 0.2])
+    ours = first.ours(image=FIRST, sigmas=[0.7, 0.7, 0.2])
+    assert differ(ours[0], first.ours(image=FIRST, sigmas=[0.7, 0.5, 0.2])[0])
+
+
 def test_noise_levels_may_be_given(video: Video) -> None:
     assert differ(video.of(sigmas=[1.0, 0.8, 0.3])[0], video.base[0])
 

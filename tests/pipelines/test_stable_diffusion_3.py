@@ -14,7 +14,7 @@ from triptych.errors import ParameterError, UnknownParameterError, UsageError
 from triptych.pipelines.base import check_inputs
 
 from . import parity
-from .parity import DTYPES, ROLES, Forwards, Parity, assert_same, differ
+from .parity import DTYPES, ROLES, Forwards, Parity, assert_same, count_from_the_first, differ
 
 TinyRepo = Callable[..., Path]
 
@@ -144,6 +144,11 @@ def test_clip_skip_is_that_of_diffusers(either: Parity) -> None:
 
 def test_given_sigmas_are_used_as_diffusers_uses_them(either: Parity) -> None:
     assert differ(either.check(**GUIDED, **SKIPPING, sigmas=[1.0, 0.8, 0.1]), either.check(**GUIDED, **SKIPPING))
+
+
+def test_the_first_noise_levels_may_be_equal(sd3: Parity, monkeypatch: pytest.MonkeyPatch) -> None:
+    count_from_the_first(sd3.pipeline.scheduler, monkeypatch)
+    sd3.check(**GUIDED, sigmas=[0.5, 0.5, 0.2])
 
 
 def test_given_latents_take_the_place_of_the_noise(either: Parity) -> None:

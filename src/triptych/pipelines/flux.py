@@ -16,7 +16,7 @@ from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
 from triptych.stages.guidance import true_guidance, warn_of_guidance
-from triptych.stages.noise_levels import even_sigmas, resolution_shift
+from triptych.stages.noise_levels import begin_at_first, even_sigmas, resolution_shift
 from triptych.state import View
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class FluxDenoising(Denoising):
         mu = resolution_shift(calculate_shift, state.scheduler.config, state.latents.shape[1])
         sigmas = self.sigmas(state, steps)
         state.timesteps, _ = retrieve_timesteps(state.scheduler, steps, self.device, sigmas=sigmas, mu=mu)
-        state.scheduler.set_begin_index(0)
+        begin_at_first(state.scheduler)
 
     def noise(self, state: View, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw the packed latents, or take those that are given; returns them and the positions of all tokens."""

@@ -14,7 +14,7 @@ from triptych.pipelines.base import Family, check_inputs, check_latents, check_m
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
-from triptych.stages.noise_levels import even_sigmas
+from triptych.stages.noise_levels import begin_at_first, even_sigmas
 from triptych.state import View
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Flux2Denoising(Denoising):
             sigmas = None
         mu = compute_empirical_mu(image_seq_len=latents.shape[1], num_steps=steps)
         state.timesteps, _ = retrieve_timesteps(state.scheduler, steps, self.device, sigmas=sigmas, mu=mu)
-        state.scheduler.set_begin_index(0)
+        begin_at_first(state.scheduler)
 
     def repeat(self, embeds: torch.Tensor, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Repeat one prompt's embeddings for each output; returns them and their positions."""

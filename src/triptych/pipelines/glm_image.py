@@ -40,6 +40,7 @@ from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
 from triptych.stages.drawing import seeded
+from triptych.stages.noise_levels import begin_at_first
 from triptych.state import View
 
 if TYPE_CHECKING:
@@ -287,6 +288,7 @@ class GlmDenoising(Denoising):
             config.get("max_shift", 0.75),
         )
         state.timesteps, _ = retrieve_timesteps(state.scheduler, steps, self.device, timesteps, sigmas, mu=mu)
+        begin_at_first(state.scheduler)
 
     def model_inputs(self, state: View, i: int) -> list[Forward]:
         latents = state.latents

@@ -22,6 +22,7 @@ from triptych.pipelines.wan import check_frames
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
+from triptych.stages.noise_levels import begin_at_first
 from triptych.state import View
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class HunyuanDenoising(Denoising):
         state.guider, state.scheduler = deepcopy(self.guider), self.new_scheduler()
         sigmas = np.linspace(1.0, 0.0, steps + 1)[:-1] if state.sigmas is None else state.sigmas
         state.timesteps, _ = retrieve_timesteps(state.scheduler, steps, self.device, sigmas=sigmas)
+        begin_at_first(state.scheduler)
         rows = self.rows(state)
         given = [None] * (videos // rows) if state.latents is None else state.latents.split(rows)
         state.latents = torch.cat([self.noise(state, rows, latents) for latents in given])

@@ -27,7 +27,7 @@ from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
 from triptych.stages.drawing import seeded
-from triptych.stages.noise_levels import even_sigmas, resolution_shift
+from triptych.stages.noise_levels import begin_at_first, even_sigmas, resolution_shift
 from triptych.state import View
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ class LongCatDenoising(Denoising):
         sigmas = even_sigmas(steps) if state.sigmas is None else state.sigmas
         mu = resolution_shift(calculate_shift, state.scheduler.config, state.latents.shape[1])
         state.timesteps, _ = retrieve_timesteps(state.scheduler, steps, self.device, sigmas=sigmas, mu=mu)
+        begin_at_first(state.scheduler)
 
     def repeat(self, state: View, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
         """Repeat one prompt's embeddings for each output; returns them and the positions of their tokens."""

@@ -24,7 +24,7 @@ from triptych.result import FASTEST, SLOWEST
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
-from triptych.stages.noise_levels import even_sigmas
+from triptych.stages.noise_levels import begin_at_first, even_sigmas
 from triptych.state import View
 
 if TYPE_CHECKING:
@@ -254,12 +254,7 @@ class LTX2Denoising(Denoising):
         state.scheduler, state.audio_scheduler = self.new_scheduler(), self.new_scheduler()
         for each in (state.scheduler, state.audio_scheduler):
             state.timesteps, _ = retrieve_timesteps(each, device=self.device, sigmas=sigmas, mu=mu)
-        self.count_from_the_first_step(state)
-
-    def count_from_the_first_step(self, state: View) -> None:
-        """Tell the schedulers that they begin at their first step, where the oracle does."""
-        state.scheduler.set_begin_index(0)
-        state.audio_scheduler.set_begin_index(0)
+            begin_at_first(each)
 
     def sizes(self, state: View) -> Sizes:
         """Return the sizes of the latents of video and sound, as the oracle's call computes them."""
@@ -459,9 +454,6 @@ class I2VDenoising(LTX2Denoising):
 
     tasks = IMAGE_TASKS
     reads = {*LTX2Denoising.reads, "image_latents"}
-
-    def count_from_the_first_step(self, state: View) -> None:
-        """Leave it to the schedulers to find their step, as the oracle does."""
 
     def video_noise(self, state: View, sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
         import torch

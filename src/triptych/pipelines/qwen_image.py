@@ -17,7 +17,7 @@ from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
 from triptych.stages.guidance import true_guidance, warn_of_guidance
-from triptych.stages.noise_levels import even_sigmas, resolution_shift
+from triptych.stages.noise_levels import begin_at_first, even_sigmas, resolution_shift
 from triptych.state import View
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class QwenDenoising(Denoising):
         sigmas = self.sigmas(steps) if state.sigmas is None else state.sigmas
         mu = self.shift(state)
         state.timesteps, _ = retrieve_timesteps(state.scheduler, steps, self.device, sigmas=sigmas, mu=mu)
-        state.scheduler.set_begin_index(0)
+        begin_at_first(state.scheduler)
 
     def noise(self, state: View, rows: int, dtype: torch.dtype) -> torch.Tensor:
         """Draw the packed latents, or bring those that are given to the stage's dtype and device."""

@@ -18,7 +18,7 @@ from triptych.pipelines.flux import EMBEDDINGS
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
-from triptych.stages.noise_levels import resolution_shift
+from triptych.stages.noise_levels import begin_at_first, resolution_shift
 from triptych.state import View
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ class SD3Denoising(Denoising):
             sigmas=state.sigmas,
             **({} if mu is None else {"mu": mu}),
         )
+        begin_at_first(state.scheduler)
         text_inputs = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
         state.conditioning = {"text": text_inputs, "skipping": self.skipping(state, steps)}
 

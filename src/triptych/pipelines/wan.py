@@ -15,6 +15,7 @@ from triptych.pipelines.base import Family, check_inputs, check_multiple, check_
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
+from triptych.stages.noise_levels import begin_at_first
 from triptych.state import View
 
 if TYPE_CHECKING:
@@ -86,8 +87,7 @@ class WanDenoising(Denoising):
         }
         state.scheduler = self.new_scheduler()
         state.scheduler.set_timesteps(state.num_inference_steps, device=self.device)
-        if hasattr(state.scheduler, "set_begin_index"):
-            state.scheduler.set_begin_index(0)
+        begin_at_first(state.scheduler)
         state.timesteps = state.scheduler.timesteps
         state.late_steps = self.late_steps(state)
         state.latents = self.noise(state, len(state.conditioning["cond"]))

@@ -17,7 +17,7 @@ from triptych.pipelines.base import Family, check_multiple, check_tensors
 from triptych.roles import RoleType
 from triptych.stages.base import Stage
 from triptych.stages.denoising import Denoising, Forward
-from triptych.stages.noise_levels import resolution_shift
+from triptych.stages.noise_levels import begin_at_first, resolution_shift
 from triptych.state import View
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class ZImageDenoising(Denoising):
         mu = resolution_shift(calculate_shift, state.scheduler.config, rows * columns)
         sigmas = get_default_z_image_sigmas(steps) if state.sigmas is None else state.sigmas
         state.timesteps, _ = retrieve_timesteps(state.scheduler, steps, self.device, sigmas=sigmas, mu=mu)
-        state.scheduler.set_begin_index(0)
+        begin_at_first(state.scheduler)
 
     def scale(self, state: View, i: int) -> float:
         """Return the guidance scale of step i: 0 where there is none, and beyond the truncation."""

@@ -37,6 +37,16 @@ def check_noise_levels(config: Mapping[str, Any], parameters: Mapping[str, Any])
         raise ParameterError("sigmas", sigmas, accepted)
 
 
+def begin_at_first(scheduler: Any) -> None:
+    """Have a scheduler begin at its first step.
+
+    By itself it looks for the step by its timestep, for which it waits for the device; of two that are equal it takes the
+    second, and is short of one at the end.
+    """
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+
+
 def resolution_shift(
     calculate_shift: Callable[..., float], config: Mapping[str, Any], tokens: int, *, max_shift: float = 1.15
 ) -> float:
