@@ -33,8 +33,8 @@ class Request:
     lora_folders: Sequence[Path] | None = None
     """The folders, beside the model's own, in which `lora` may name files; None for any file or hub id. A server sets
     it on what others send."""
-    pictures: object = None
-    """What counts the memory of its pictures, where somebody does; it is let go when the request has ended."""
+    release: Callable[[], None] | None = None
+    """Called when it is refused, or has ended: lets go of what was counted for its pictures."""
 
     def __init__(self, /, **parameters: object) -> None:
         self.parameters = parameters

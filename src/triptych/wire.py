@@ -33,6 +33,7 @@ JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON
 
 FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library refuses longer headers
+_MOST_DIMENSIONS = 64  # of a tensor: to multiply very many sizes takes minutes
 
 _PREFIX = b'{"__metadata__":{"xxh3":"'
 _DIGEST = slice(8 + len(_PREFIX), 8 + len(_PREFIX) + 16)
@@ -190,6 +191,8 @@ def _tensors(entries: Mapping[str, object], view: memoryview, start: int) -> dic
                 raise WireError(f"malformed entry of tensor {name!r}")
         if dtype is None:
             raise WireError(f"tensor {name!r} has the unknown dtype {code!r}")
+        if len(shape) > _MOST_DIMENSIONS:
+            raise WireError(f"tensor {name!r} has {len(shape)} dimensions, and at most {_MOST_DIMENSIONS} are accepted")
         if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, first, last)):
             raise WireError(f"tensor {name!r} has a size or an offset that is no integer of 0 to 2**63 - 1")
         if first != begin or first % dtype.itemsize or start + last > len(view):

@@ -10,11 +10,13 @@ import pytest
 import tiny
 import torch
 from conftest import TinyRepo
+from huggingface_hub.errors import GatedRepoError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import triptych
-from triptych.components import dtypes
+from triptych.components import dtypes, files
 from triptych.components.blueprint import component_class, draw
 from triptych.components.dtypes import parse_dtype, resolve_dtype, suited
 from triptych.components.files import FolderFiles, open_files
@@ -30,7 +32,7 @@ from triptych.errors import (
     UsageError,
 )
 
-from .support import CPU, copy, load
+from .support import CPU, assert_same_tensors, copy, load
 
 INDEX = {
     "_class_name": "Flux2KleinPipeline",
@@ -171,6 +173,10 @@ def test_a_component_that_the_index_does_not_list_is_an_error(repo: Path) -> Non
         (["diffusers", "logging"], "does not have"),
         (["transformers", "Trainer"], "nothing that can be loaded"),
         (
+            ["transformers", "AutoModelForCausalLM"],
+            "'AutoModelForCausalLM', which says of any model .* `architectures`",
+        ),
+        (
             ["my_models", "MyVae"],
             "class of 'my_models'; only classes of diffusers and transformers are loaded, never code",
         ),
@@ -185,6 +191,51 @@ def test_a_class_that_is_not_there_or_not_trusted_is_refused(repo: Path, need: N
     write_index(repo, vae=entry)
     with pytest.raises(ModelError, match=message):
         load(repo, "vae", need)
+
+
+@pytest.mark.parametrize("kind", ["AutoTokenizer", None])
+def test_code_that_a_repository_brings_is_not_run_whatever_is_answered(
+    repo: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (repo / "tokenizer/theirs.py").write_text("raise SystemExit('code of the repository was run')")
+    file = repo / "tokenizer/tokenizer_config.json"
+    settings = {**json.loads(file.read_text()), "auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}}
+    file.write_text(json.dumps({**settings, **({"tokenizer_class": "Theirs"} if kind else {})}))
+    if kind is None:  # the class is one of transformers: what else the repository has is not looked at
+        load(repo, "tokenizer")
+        return
+    write_index(repo, tokenizer=["transformers", kind])
+    with pytest.raises(ModelError, match="component 'tokenizer' of .* could not be loaded"):
+        load(repo, "tokenizer")
+
+
+def test_what_a_quantiser_keeps_beside_the_weights_does_not_decide_over_the_dtype(repo: Path) -> None:
+    weights = {"a.weight": torch.zeros(64, dtype=torch.uint8), "b.weight": torch.zeros(4, dtype=torch.bfloat16)}
+    kept = {
+        f"a.weight.{name}": torch.zeros(99) for name in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+    }
+    save_file({**weights, **kept, "c.absmaximum": torch.zeros(1)}, repo / WEIGHTS)
+    assert dtypes.checkpoint_dtype(Repository.open(repo), "transformer") == "bfloat16"
+
+
+def test_a_gated_repository_says_how_to_get_at_it() -> None:
+    words = "403 Client Error.\n\nCannot access gated repo for url https://hub/a/b.\nVisit https://hub/a/b to ask for access."
+    error = GatedRepoError.__new__(GatedRepoError)  # as the hub's client words it, without an answer of the hub
+    error.args = (words,)
+    told = files._reason(error)
+    assert "Visit https://hub/a/b to ask for access. Then log in" in told and "HF_TOKEN" in told, told
+
+
+def test_a_model_may_have_the_configuration_of_the_whole_that_it_is_a_part_of(
+    tiny_repo: TinyRepo, tmp_path: Path
+) -> None:
+    repo = copy(tiny_repo("flux"), tmp_path / "repo")
+    expected = load(repo, "text_encoder").component
+    file = repo / "text_encoder/config.json"
+    part = {**json.loads(file.read_text()), "model_type": "clip_text_model"}
+    file.write_text(json.dumps({"model_type": "clip", "architectures": ["CLIPModel"], "text_config": part}))
+    assert_same_tensors(load(repo, "text_encoder").component, expected)
 
 
 def test_a_class_of_a_diffusers_pipeline_is_trusted(repo: Path) -> None:
@@ -324,7 +375,9 @@ def entry(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8))
         (safetensors({"a": entry(offsets=[0, 8, 9])}), "broken safetensors header"),
         (safetensors({"a": entry(offsets=[8, 16])}), "starts at 8, but the one before it ends at 0"),
         (safetensors({"a": entry(), "b": entry(offsets=[4, 12])}), "starts at 4, but the one before it ends at 8"),
-        (safetensors({"a": entry(shape=[2**70, 2**70], offsets=[0, 2**142])}), "is truncated or damaged"),
+        (safetensors({"a": entry(shape=[2**20, 2**20], offsets=[0, 2**42])}), "is truncated or damaged"),
+        (safetensors({"a": entry(shape=[2**70, 2**70], offsets=[0, 2**142])}), "should be a list of sizes"),
+        (safetensors({"a": entry(shape=[2**62] * 20_000)}), "should be a list of sizes"),  # their product takes seconds
     ],
 )
 def test_a_broken_header_is_an_error_that_says_what_is_wrong(repo: Path, content: bytes, message: str) -> None:

@@ -537,6 +537,26 @@ def test_one_that_cannot_be_loaded_harms_no_other_request(klein: Adapted, monkey
     assert_same(model.generate(**call, lora=[{"path": klein.style}]).images, styled, "with, after it")
 
 
+def test_no_lora_makes_a_model_wider_though_its_headers_told_nothing(
+    adapted: Callable[[str], Adapted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flux = adapted("flux")
+    monkeypatch.setattr(LoraDesk, "_check_shapes", lambda *_: None)  # as where a role has no weights of the component
+    narrow = load_file(
+        lora.write(flux.style.with_name("narrow.safetensors"), flux.repo, {"transformer": ["x_embedder"]})
+    )
+    wide = flux.style.with_name("control.safetensors")
+    save_file({k: torch.cat([v, v], dim=1) if "lora_A" in k else v for k, v in narrow.items()}, wide)
+    model = triptych.load(flux.repo, device="cpu")
+    call = {**flux.call, "seed": 7, "output_type": "pt"}
+    plain = model.generate(**call).images
+    with pytest.raises(ComponentFileError, match="control.safetensors: is no LoRA that fits the transformer"):
+        model.generate(**call, lora=[{"path": wide}])
+    transformer = model.components["transformer"]
+    assert transformer.x_embedder.in_features == transformer.config.in_channels == 20
+    assert_same(model.generate(**call).images, plain, "without, after it")
+
+
 def test_families_without_a_loader_say_so(tiny_repo: TinyRepo, klein: Adapted) -> None:
     server = triptych.load(tiny_repo("longcat_image"), role="server", device="cpu")
     with pytest.raises(ParameterError, match="diffusers has no loader of LoRAs for LongCatImagePipeline"):

@@ -21,7 +21,7 @@ from triptych.runtime.segment import Turn
 from triptych.runtime.step_lane import StepLane
 from triptych.state import State
 
-from .parity import FORWARD_TOLERANCE, assert_same, differ
+from .parity import FORWARD_TOLERANCE, PIXEL_TOLERANCE, assert_same, differ
 from .test_ltx2_two_stage import CALL, FIRST, PLAIN, TwoStages, videos_with_sound  # noqa: F401 (a fixture)
 
 TinyRepo = Callable[..., Path]
@@ -223,6 +223,21 @@ def test_a_requests_own_loras_are_on_in_both_stages(
     }
     count = 2 if second else 1
     assert held == {"encoder": {"connectors": count}, "denoiser": {"transformer": count}, "decoder": {}}
+
+
+@needs_peft
+def test_a_requests_own_may_be_the_second_stages_too(stages: TwoStages, tmp_path: Path) -> None:
+    twin = tmp_path / "twin.safetensors"
+    save_file(load_file(stages.repo / LORA), twin, metadata={"format": "pt", "of": "another name"})
+
+    def with_(path: str | Path, strength: float) -> Any:
+        loras = [{"path": str(path), "scale": 0.3}]
+        return stages.whole(
+            **CALL, two_stage=True, lora=loras, stage_2_lora=LORA, stage_2_lora_scale=strength, output_type="pt"
+        )[0]
+
+    same, apart, weaker = with_(stages.repo / LORA, 0.5), with_(twin, 0.5), with_(twin, 0.4)
+    assert (same - apart).abs().max() < PIXEL_TOLERANCE < (same - weaker).abs().max()
 
 
 def test_without_peft_a_request_is_refused_before_its_first_step(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
 
 import triptych
 from triptych.errors import ModelError, ParameterError
@@ -77,6 +79,33 @@ def test_without_weight_files_the_dtype_is_the_asked_the_configured_or_bfloat16(
     whole = triptych.plan(klein, dtype=expected)["denoiser"]["transformer"].bytes
     assert transformer.bytes == whole
     assert any("transformer" in note for note in planned.notes) == (asked == "auto")
+
+
+def test_what_no_role_uses_need_not_be_there(klein: Path, tmp_path: Path) -> None:
+    repo = shutil.copytree(klein, tmp_path / "repo")
+    index = json.loads((repo / "model_index.json").read_text())
+    index["feature_extractor"] = ["transformers", "CLIPFeatureExtractorOfOld"]
+    (repo / "model_index.json").write_text(json.dumps(index))
+    planned = triptych.plan(repo)
+    assert planned.whole["feature_extractor"] == 0
+    assert {**planned.whole, "feature_extractor": 0} == {**triptych.plan(klein).whole, "feature_extractor": 0}
+    assert any("feature_extractor is used by no role" in note for note in planned.notes)
+    index["vae"] = ["diffusers", "AutoencoderOfOld"]
+    (repo / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="'AutoencoderOfOld'"):
+        triptych.plan(repo)
+
+
+def test_weights_in_a_pickle_are_counted_by_their_files(klein: Path, tmp_path: Path) -> None:
+    repo = shutil.copytree(klein, tmp_path / "repo")
+    file = repo / "transformer/diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    planned = triptych.plan(repo)
+    size = file.with_suffix(".bin").stat().st_size
+    assert planned["denoiser"]["transformer"].bytes == planned.whole["transformer"] == size
+    (note,) = (note for note in planned.notes if "dtype" in note)
+    assert note.startswith("transformer has no safetensors file, and a dtype has to be named to load it")
 
 
 def test_a_plan_becomes_json_and_back(klein: Path) -> None:

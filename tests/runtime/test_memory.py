@@ -59,6 +59,20 @@ def test_what_is_kept_of_cards_that_were_used_is_given_back_too(monkeypatch: pyt
     assert given == [True] * used
 
 
+def test_a_card_that_has_failed_does_not_end_the_thread_that_asks_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failed() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(memory, "_next", 0.0)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", failed)
+    assert memory.give_back()
+    assert not memory.give_back(), "not at once again"
+    assert "could not be given back: CUDA error" in caplog.text
+
+
 FAULTS = """
 import resource
 import torch

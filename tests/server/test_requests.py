@@ -1,13 +1,15 @@
 """Requests: what is taken on, what is refused and why, and what is told of them."""
 
 import base64
+import gc
 import io
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from PIL import Image
@@ -281,19 +283,69 @@ def test_more_requests_than_may_wait_are_429_with_retry_after(caller: Caller, mo
     caller.wait(caller.submit(QUICK))  # there is room again
 
 
+def held() -> int:
+    """The pixels of the pictures of all requests that have not ended."""
+    return sum(each.pixels for each in Pictures._all)
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No pictures but a test's own, and nobody who forgot some looks for them."""
+    monkeypatch.setattr(Pictures, "_all", WeakSet())
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("room")
 def test_the_room_of_pictures_is_held_until_their_request_has_ended(serve: Callable[..., Caller]) -> None:
     caller = serve(Limits(waiting_pixels=100 * 64**2))
-    before = len(Pictures._all)
     request = caller.submit({**LONG, "image": [data_url()] * 2})
-    record = caller.service.records.get(request["id"])
-    assert isinstance(record.pictures, Pictures) and record.pictures.pixels == 2 * 64**2
+    assert held() == 2 * 64**2
     error = refused(caller, {"parameters": {**QUICK, "image": data_url((640, 640))}}, 429)
     assert error["code"] == "overloaded"
+    assert held() == 2 * 64**2
     caller.delete(request["links"]["self"])
-    assert settled(caller.service) and record.pictures is None
-    del record
+    assert settled(caller.service) and held() == 0
     caller.wait(caller.submit({**QUICK, "image": data_url((640, 640))}))
-    assert len(Pictures._all) <= before + 1
+    assert held() == 0
+
+
+@pytest.mark.usefixtures("room")
+def test_what_is_refused_holds_no_room(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ({"seed": "q"}, {"num_inference_steps": -1}, {"image": [data_url(), "data:,x"]}, {"layers": 2}):
+        refused(caller, {"parameters": {**QUICK, "image": data_url(), **wrong}})
+        form = {**QUICK, "image": [data_url()], **wrong}
+        assert caller.post("/v1/images/edits", json=form).status_code == 400
+    assert caller.post("/v1/images/edits", json={**QUICK, "image": [data_url()], "model": "x"}).status_code == 404
+    monkeypatch.setattr(engine().router, "max_waiting", 0)
+    refused(caller, {"parameters": {**QUICK, "image": data_url()}}, 429)
+    assert held() == 0
+
+
+@pytest.mark.usefixtures("room")
+def test_a_request_that_is_cancelled_while_it_is_admitted_holds_no_room_and_does_not_run(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert idle()
+    entered, go_on = threading.Event(), threading.Event()
+    submit = engine().submit
+
+    def slow(request: Any, **more: Any) -> Any:
+        entered.set()
+        assert go_on.wait(30)
+        return submit(request, **more)
+
+    monkeypatch.setattr(engine(), "submit", slow)
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(caller.submit, {**LONG, "image": data_url()})
+        assert entered.wait(30)
+        [record] = caller.service.records.unfinished()
+        assert held() == 64**2
+        assert caller.post(f"/v1/requests/{record.id}/cancel").json()["status"] == "cancelled"
+        go_on.set()
+        answer.result()
+    assert idle() and held() == 0
 
 
 def test_a_stream_of_a_request_that_is_turned_away_while_it_is_admitted_ends(

@@ -1,5 +1,7 @@
 """Results: the files that outputs can be had as, and how long they are kept."""
 
+import errno
+import fcntl
 import io
 import os
 import subprocess
@@ -222,6 +224,18 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one_and_nothing_else(
     assert not theirs.exists()
     other.close()
     other.close()  # a second time is nothing
+
+
+def test_where_files_cannot_be_locked_nothing_is_swept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unknown(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(spool_module, "_YOUNG", -1.0)
+    (tmp_path / "triptych-results-1").mkdir()
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    Spool(10**9).close()
+    assert [each.name for each in tmp_path.iterdir()] == ["triptych-results-1"]
 
 
 def test_a_result_that_is_dropped_while_its_file_is_made_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import httpx
 import pytest
@@ -277,7 +278,10 @@ def test_requests_of_before_are_run_though_others_have_taken_every_place(
         assert wait(client, is_done)["status"] == "completed"
 
 
-def test_a_request_of_before_waits_until_there_is_room_for_its_pictures(wan_i2v: Engine, tmp_path: Path) -> None:
+def test_a_request_of_before_waits_until_there_is_room_for_its_pictures(
+    wan_i2v: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pictures, "_all", WeakSet())
     file = io.BytesIO()
     Image.new("RGB", (48, 32)).save(file, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -285,13 +289,20 @@ def test_a_request_of_before_waits_until_there_is_room_for_its_pictures(wan_i2v:
     store = JobStore(tmp_path / "state")
     job = StoredJob("video_1", wan_i2v.front.fingerprint, "videos", 7, time.time(), order.told)
     store.add(job, order.submission.model_dump_json().encode())
-    others: Any = Pictures(Limits())
+    assert order.request.release is not None
+    order.request.release()  # of the one that was looked at to write it down
+    job = StoredJob("video_2", wan_i2v.front.fingerprint, "videos", 7, time.time(), {**order.told, "fps": 8.0})
+    store.add(job, b'{"parameters": {"prompt": "a fox"}}')
+    others = Pictures(Limits())
     others.pixels = Limits().waiting_pixels
     with serving(wan_i2v, None, store) as client:
+        until(f"{client.root}/v1/videos/video_2", is_done)  # it has no pictures, and its turn before those that wait
         time.sleep(1)
         assert wait(client, lambda video: "status" in video)["status"] == "queued"
-        del others
+        assert sum(each.pixels for each in Pictures._all) == others.pixels, "what was tried holds nothing"
+        others.release()
         assert wait(client, is_done)["status"] == "completed"
+    assert not Pictures._all
 
 
 def test_a_request_that_a_closing_engine_refuses_is_left_to_the_next_server(

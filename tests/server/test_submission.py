@@ -159,7 +159,9 @@ def test_the_pictures_of_all_requests_that_have_not_ended_are_bounded_before_the
     assert decoded == ["one"], "the second would be too much"
     del caught
     request_of(sent, limits)
-    two.clear()
+    for each in two:
+        assert each.release is not None
+        each.release()
     request_of(Submission(parameters={"image": [in_base64(64)] * 3}), limits)
     with pytest.raises(ParameterError, match="at most 64 pixels"):
         request_of(sent, Limits(pixels=64))

@@ -151,6 +151,19 @@ def test_a_result_that_cannot_be_kept_is_counted_as_its_caller_is_told(serve: Ca
     assert ("triptych_requests_total", ("done",)) not in told
 
 
+def test_an_observer_that_fails_harms_no_request(
+    serve: Callable[..., Caller], caplog: pytest.LogCaptureFixture
+) -> None:
+    def observe() -> Any:
+        return lambda record: record.nothing
+
+    caller = serve()
+    caller.service.records.observers.insert(0, observe)
+    assert caller.wait(caller.submit(QUICK))["status"] == "done"
+    assert metrics_of(caller)["triptych_requests_total", ("done",)] == 1
+    assert "an observer failed" in caplog.text
+
+
 def test_a_request_that_ends_without_a_job_is_counted(serve: Callable[..., Caller]) -> None:
     caller = serve()
     record = Record("req_0", None, 7, "images", time.time())
@@ -323,8 +336,8 @@ def test_spans_reach_the_collector_that_the_environment_names(
     assert made is not None
     job = engine().submit(Request(**QUICK, exact=False))
     job.result(60)
-    told = list(job.events())
-    made.ended(job, told, phases(told, job.result().timings, {}), None)
+    record = Record(job.id, None, 7, "images", time.time(), events=list(job.events()), status=job.status)
+    made.ended(record, phases(record.events, job.result().timings, {}), None)
     made.close()
     (resource,) = received[0].resource_spans
     names = {each.key: each.value.string_value for each in resource.resource.attributes}

@@ -80,7 +80,10 @@ class _Adapted:
         self._changed = False  # whether it has such layers, be it that all their adapters have gone again
 
     def use(self, loras: Sequence[Lora]) -> None:
-        wanted = tuple((each.adapter, each.scale) for each in loras)
+        scales: dict[str, float] = {}
+        for each in loras:  # the same one may be a request's and a stage's
+            scales[each.adapter] = scales.get(each.adapter, 0.0) + each.scale
+        wanted = tuple(scales.items())
         if wanted != self.active:
             self.load(loras)
             self._switch(wanted)
@@ -158,6 +161,10 @@ class _Adapted:
         log.info("%s: loaded for the %s in %.2f s", lora.file, self.name, time.perf_counter() - began)
 
 
+_WIDENING = "_maybe_expand_transformer_param_shape_or_error_"
+"""The method of FLUX.1's loader that makes a model's layers wider in place."""
+
+
 @cache
 def _leave_unsaid() -> None:
     """Silence PEFT's warnings of what is meant here: several adapters, and that one in use is deleted."""
@@ -193,6 +200,10 @@ def _loader(oracle: type[Any], component: str, module: Any) -> Any:
         name: only_present(name, argument) for name, argument in methods.items() if hasattr(oracle, name)
     }
     members["lora_state_dict"] = classmethod(mine)
+    if hasattr(
+        oracle, _WIDENING
+    ):  # of the model itself, for LoRAs that take more than it has: no request may change it
+        members[_WIDENING] = classmethod(lambda *_, **__: False)
     members["components"] = property(lambda self: {component: module})
     pipeline: Any = object.__new__(type(oracle.__name__, (oracle,), members))
     for name in loadable(oracle):

@@ -29,6 +29,10 @@ building = threading.RLock()
 """Held while a library builds modules: for that it changes the process's default dtype and how modules take parameters."""
 
 
+_AUTO_MODEL = re.compile(r"Auto(Model|Backbone)")
+"""Classes of transformers that stand for any model."""
+
+
 @dataclass
 class Slot:
     """One weight of a module: where it goes (tied weights go to several places) and what it becomes.
@@ -95,6 +99,11 @@ def component_class(repository: Repository, component: str) -> type[Any]:
             return tokenizer
         missing = ", ".join(getattr(cls, "_backends", ()))
         raise ModelError(f"{what} is a {entry.library}.{entry.class_name}, which needs {missing} to be installed")
+    if entry.library == "transformers" and _AUTO_MODEL.match(entry.class_name):
+        problem = (
+            "which says of any model that it is one: name the class instead, as `architectures` of its config.json does"
+        )
+        raise ModelError(f"{what} is a {entry.class_name!r}, {problem}")
     if not hasattr(cls, "from_pretrained"):
         raise ModelError(f"{what} is a {entry.library}.{entry.class_name}, which is nothing that can be loaded")
     return cls
@@ -169,7 +178,7 @@ def _construct(
         with building:
             with _no_weights(dtype):
                 if is_transformers_model(cls):
-                    settings = cls.config_class.from_dict(config)
+                    settings = cls.config_class.from_dict(_own_settings(cls, config))
                     for each in (settings, *(getattr(settings, name) for name in settings.sub_configs)):
                         if each is not None:
                             each.dtype = dtype
@@ -182,6 +191,13 @@ def _construct(
         problem = f"does not fit {cls.__name__} ({type(error).__name__}: {error})"
         raise ComponentFileError(f"{component}/config.json", problem) from error
     return module.eval()  # type: ignore[no-any-return]
+
+
+def _own_settings(cls: type[Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's part of a configuration, which may be that of a whole it is a part of, as `from_pretrained` does."""
+    kind, part = cls.config_class.model_type, config.get(cls.config_class.base_config_key)
+    whole = config.get("model_type") not in (None, kind)
+    return part if whole and isinstance(part, dict) and part.get("model_type", kind) == kind else config
 
 
 @contextmanager

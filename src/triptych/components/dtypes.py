@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Union
@@ -58,6 +59,10 @@ def suited(asked: Mapping[str, str]) -> dict[str, str]:
     return {component: here if name == "auto" else name for component, name in asked.items()}
 
 
+_OF_QUANTISER = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|SCB)$")
+"""Keys of what bitsandbytes keeps beside the weights, as float32 in most."""
+
+
 @functools.cache
 def emulated() -> tuple[str, ...]:
     """Return the half-precision dtypes that PyTorch has no fast kernels for on this machine: a CPU without a GPU."""
@@ -73,11 +78,13 @@ def emulated() -> tuple[str, ...]:
 def checkpoint_dtype(repository: Repository, component: str) -> str | None:
     """Return the floating-point dtype that most of a component's bytes have, by its headers; None without headers.
 
-    Floats of 8 bits do not count, as nothing is computed in them; where there are no others, it is float32, which
+    What a quantiser keeps beside its weights does not count. Floats of 8 bits do not count, as nothing is computed in them; where there are no others, it is float32, which
     diffusers makes of them unless told otherwise.
     """
     count: Counter[str] = Counter()
     for tensor in repository.tensors(component).values():
+        if _OF_QUANTISER.search(tensor.key):
+            continue
         if tensor.dtype in EIGHT_BITS:
             count["float32"] += 0
         elif tensor.dtype in HEADER_NAMES:

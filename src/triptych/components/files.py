@@ -156,7 +156,12 @@ def _what(repo_id: str, revision: str | None) -> str:
 
 
 def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError
+
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, GatedRepoError):  # what to do comes last there
+        lines.append("Then log in (`hf auth login`), or set HF_TOKEN.")
+        return f"{type(error).__name__}: {' '.join(lines)}"
     return f"{type(error).__name__}: {' '.join(lines[:2])}"
 
 

@@ -20,6 +20,8 @@ ITEM_BITS = {
 }  # fmt: skip
 """Bits of one element, by the dtype's name in a header."""
 
+MOST_DIMENSIONS = 64
+"""Of a tensor: no weight has nearly as many."""
 MAX_HEADER = 100_000_000
 """The format's own limit for a header, in bytes."""
 FIRST_READ = 65_536
@@ -77,9 +79,14 @@ def _tensor(file: str, key: str, entry: dict[str, object]) -> TensorInfo:
 
 
 def _counts(value: object) -> tuple[int, ...]:
-    if not isinstance(value, list) or any(type(each) is not int or each < 0 for each in value):
-        raise ValueError(f"{value!r} should be a list of sizes")
+    # Bounded: to multiply many long numbers takes minutes.
+    if not isinstance(value, list) or len(value) > MOST_DIMENSIONS or not all(map(_is_size, value)):
+        raise ValueError(f"{str(value)[:80]} should be a list of sizes")
     return tuple(value)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _check_contiguous(tensors: Iterable[TensorInfo]) -> int:

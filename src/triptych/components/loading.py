@@ -222,6 +222,8 @@ def _from_pretrained(cls: type[Any], repository: Repository, name: str, **option
     folder = repository.local(name, weights=weights)
     if not folder.is_dir():
         raise ComponentFileError(f"{name}/", f"is missing from {repository.name}")
+    if cls.__module__.startswith("transformers."):
+        options["trust_remote_code"] = False  # else it asks on the terminal whether to run what the repository brings
     try:
         return cls.from_pretrained(str(folder), **options)
     except Exception as error:  # libraries, and tokenizers written in Rust, raise anything on damaged files

@@ -70,6 +70,7 @@ class QwenDenoising(Denoising):
     }  # fmt: skip
     writes = {"latents", "conditioning", "scheduler", "timesteps"}
     ragged = frozenset(("encoder_hidden_states", "encoder_hidden_states_mask"))
+    layered = False  # whether each of the pictures has a position of its own before the text's
 
     def begin(self, state: View) -> None:
         from diffusers.pipelines.qwenimage.pipeline_qwenimage import retrieve_timesteps
@@ -113,7 +114,8 @@ class QwenDenoising(Denoising):
         """
         embedding = self.transformer.pos_embed
         side = max(max(shape[1:]) for shape in shapes)
-        longest = len(embedding.pos_freqs) - (side // 2 if embedding.scale_rope else side)
+        before = side // 2 if embedding.scale_rope else side
+        longest = len(embedding.pos_freqs) - (max(before, len(shapes) - 1) if self.layered else before)
         for name, branch in (("prompt", "cond"), ("negative_prompt", "uncond")):
             tokens = text[branch]["encoder_hidden_states"].shape[1] if branch in text else 0
             if tokens > longest:

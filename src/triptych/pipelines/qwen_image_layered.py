@@ -83,6 +83,7 @@ class QwenLayeredDenoising(qwen_image_edit.QwenEditDenoising):
     """Denoise the packed latents of the whole picture and of each layer, those of the given picture appended."""
 
     reads = qwen_image_edit.QwenEditDenoising.reads | {"layers", "cfg_normalize"}
+    layered = True
 
     def __init__(self, name: str, components: Mapping[str, Any], helpers: Any, device: torch.device) -> None:
         super().__init__(name, components, helpers, device)

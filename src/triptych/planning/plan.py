@@ -15,7 +15,7 @@ from triptych.components.cutting import CannotLoadByKey
 from triptych.components.dtypes import NAMES, DtypeSpec, parse_dtype, resolve_dtype
 from triptych.components.need import Need
 from triptych.components.repository import Repository
-from triptych.errors import UnknownDtypeError
+from triptych.errors import ModelError, UnknownDtypeError
 from triptych.pipelines.registry import open_family
 from triptych.roles import WORKERS, RoleType
 
@@ -113,12 +113,13 @@ def plan(
     family = open_family(source, revision=revision, variant=variant)
     chosen = family.select_tasks(tasks)
     counter = _Counter(family.repository, parse_dtype(dtype, family.repository))
-    whole = {name: counter.count(name, Need.FULL).bytes for name in family.repository.components}
     processes = {**{role.value: (role,) for role in WORKERS}, RoleType.MONOLITHIC.value: WORKERS}
     roles = {
         process: {name: counter.count(name, need) for name, need in family.needs(held, chosen).items()}
         for process, held in processes.items()
     }
+    used = set().union(*roles.values())
+    whole = {name: counter.whole(name, used=name in used) for name in family.repository.components}
     ordered = [task for task in family.tasks if task in chosen]
     return Plan(family.repository.name, family.repository.family, ordered, roles, whole, counter.notes)
 
@@ -139,6 +140,16 @@ class _Counter:
         dtype = self._dtype_of(name)
         return ComponentPlan(str(need), self._count(name, need), dtype, self._count(name, Need.FULL))
 
+    def whole(self, name: str, *, used: bool) -> int:
+        """Return all bytes of a component, which is counted by its files where no role uses it and it cannot be built."""
+        try:
+            return self.count(name, Need.FULL).bytes
+        except ModelError as error:
+            if used:
+                raise
+            self._note(f"{name} is used by no role, and counted by its files: {error}")
+            return self.repository.stored_bytes(name)
+
     def _count(self, name: str, need: Need) -> int:
         if not need.weights:
             return 0
@@ -148,7 +159,7 @@ class _Counter:
             try:
                 self._bytes[key] = self._draw(name, need, dtype).nbytes
             except CannotLoadByKey as reason:
-                self._bytes[key] = sum(tensor.nbytes for tensor in self.repository.tensors(name).values())
+                self._bytes[key] = self.repository.stored_bytes(name)
                 self._note(f"{name} is loaded whole, by what its files hold: {reason}")
         return self._bytes[key]
 
@@ -167,8 +178,12 @@ class _Counter:
         config = self.repository.config(name)
         named = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
         guess, origin = (named, "named by its configuration") if named in NAMES else ("bfloat16", "assumed")
-        self._note(f"{name} has no weight file: {guess} is {origin}")
+        lacks = "safetensors file, and a dtype has to be named to load it" if self._is_pickled(name) else "weight file"
+        self._note(f"{name} has no {lacks}: {guess} is {origin}")
         return guess
+
+    def _is_pickled(self, name: str) -> bool:
+        return bool(self.repository.unsafe_weight_files(name))
 
     def _note(self, note: str) -> None:
         if note not in self.notes:

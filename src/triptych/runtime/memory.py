@@ -57,8 +57,8 @@ def give_back() -> bool:
         if (glibc := _glibc()) is not None:
             glibc.malloc_trim(0)
         _give_back_cards()
-        _next = time.monotonic() + EVERY
     finally:
+        _next = time.monotonic() + EVERY
         _giving.release()
     return True
 
@@ -87,7 +87,10 @@ def _give_back_cards() -> None:
     """Let other processes have what PyTorch keeps of the cards' memory: a role that is idle may share one with a busy one."""
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:  # one of something before, mostly: whoever computes next is told, not who is idle
+            log.warning("a card's memory could not be given back: %s", error)
 
 
 def _own() -> Iterator[tuple[int, int]]:

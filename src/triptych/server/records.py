@@ -44,7 +44,7 @@ class Record:
         lasting: whether the job store has it too.
         left: whether it is left to the next server, which will run it again: this one tells no more of it.
         keep: what is done with the result, in a thread, instead of keeping it on disk for whoever asks.
-        pictures: what counts the memory of the pictures that it came with; None once it has ended.
+        release: lets go of what is counted for the pictures that it came with; None once it has ended.
         observers: who is told, once, when it has ended.
         first: the number of its first event; of a request of the server before, one that no server has told yet.
     """
@@ -66,7 +66,7 @@ class Record:
     lasting: bool = False
     left: bool = False
     keep: Callable[[Result], None] | None = None
-    pictures: object = None
+    release: Callable[[], None] | None = None
     observers: list[Callable[[Record], None]] = field(default_factory=list)
     first: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -102,14 +102,24 @@ class Record:
         elif event.kind in ENDED:
             self.status = event.kind  # type: ignore[assignment]
             self.lost += [] if self.job is None else self.job.lost
-            self.ended, self.job, self.keep, self.pictures = time.monotonic(), None, None, None
+            self.ended = time.monotonic()
+            self.let_go()
             self.events = [_without_picture(each) for each in self.events]
         self._changed.set()
         self._changed = asyncio.Event()
         if self.ended is not None:
             observers, self.observers = self.observers, []
             for observe in observers:
-                observe(self)
+                try:
+                    observe(self)
+                except Exception:  # it is the observer's own: its caller is told of its end all the same
+                    log.exception("%s: an observer failed", self.id)
+
+    def let_go(self) -> None:
+        """Hold nothing any more of what the request is made with."""
+        release, self.job, self.keep, self.release = self.release, None, None, None
+        if release is not None:
+            release()
 
 
 def _without_picture(event: Event) -> Event:
@@ -126,8 +136,8 @@ class Records:
         self.limits = limits
         self.store = store
         self.spool = Spool(limits.kept_bytes, None if store is None else store.results)
-        # Asked of every job, or None where there is none, who is to be told of its record's end.
-        self.observers: list[Callable[[Job | None], Callable[[Record], None]]] = []
+        # Asked for every request, where it comes from, who is to be told of its record's end.
+        self.observers: list[Callable[[], Callable[[Record], None]]] = []
         self.fetches = 0  # results that are on their way out, or being made into what was asked for
         self._records: dict[str, Record] = {}  # in the order of arrival
         self._tasks: set[asyncio.Task[None]] = set()
@@ -173,7 +183,7 @@ class Records:
                 pass  # the loop is closed: the server has gone before the request ended
 
         if record.ended is None:
-            record.observers += [observe(job) for observe in self.observers]
+            record.observers += [observe() for observe in self.observers]
         job.listen(hear)
 
     def position(self, record: Record) -> int:
@@ -224,7 +234,7 @@ class Records:
         job = record.job
         if record.ended is not None:  # it was cancelled before it had its job, which is being stopped
             if event.kind in ENDED:
-                record.job = None
+                record.let_go()
                 if record.lasting:  # the job store may have got it after its end
                     self._start(self._note(record, record.events[-1], record.error))
             return
@@ -248,7 +258,7 @@ class Records:
             event = Event(len(record.events), kind, time.time(), details)
             if record.lasting:
                 self._start(self._note(record, event, record.error))
-            record.observers = record.observers or [observe(None) for observe in self.observers]
+            record.observers = record.observers or [observe() for observe in self.observers]
             record.publish(event)
 
     async def _note(self, record: Record, event: Event, problem: Problem | None = None) -> None:

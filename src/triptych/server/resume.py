@@ -60,8 +60,10 @@ async def resume(service: Service, store: JobStore, waiting: Waiting) -> None:
     async def run_all() -> None:
         while waiting and service.engine is None:
             await asyncio.sleep(_LOOK)
-        for record, stored in waiting:
-            await _run_again(service, store, record, stored)
+        left = list(waiting)
+        while left:  # those for whose pictures there is no room are asked again when the others have had their turn
+            left = [each for each in left if not await _run_again(service, store, *each)]
+            await asyncio.sleep(_FULL if left else 0)
 
     await asyncio.gather(run_all(), _give_up_overdue(service, store, waiting))
 
@@ -108,7 +110,8 @@ async def _count_interruption(service: Service, store: JobStore, record: Record)
         service.records.give_up(record, "failed", Problem(500, "lost", reason))
 
 
-async def _run_again(service: Service, store: JobStore, record: Record, stored: StoredJob) -> None:
+async def _run_again(service: Service, store: JobStore, record: Record, stored: StoredJob) -> bool:
+    """Have a request run, or tell its caller why not; returns False where there is no room for its pictures now."""
     engine, loop = service.engine, asyncio.get_running_loop()
     assert engine is not None
     if stored.model != engine.front.fingerprint:
@@ -122,30 +125,27 @@ async def _run_again(service: Service, store: JobStore, record: Record, stored: 
         if left <= 0:
             raise _overdue()
         request = request_of(submission, service.limits, transparency=engine.front.family.transparency)
+        record.release = request.release
         job = service.run(engine, record, request, left, submission.previews, admitted=True)
         service.records.listen(record, job, loop)
         return job
 
     if record.ended is not None or service.draining:
-        return
+        return True
     try:
-        while True:
-            try:
-                job = await to_thread.run_sync(admit, engine)
-                break
-            except Refusal:  # there is no room for its pictures until others have ended
-                await asyncio.sleep(_FULL)
-                if record.ended is not None or service.draining:
-                    return
+        job = await to_thread.run_sync(admit, engine)
+    except Refusal:
+        return False
     except Exception as error:  # whatever it is, the caller has to be told
         if record.ended is not None or store.closed:  # its submission went with it, or both are the next server's
-            return
+            return True
         if not isinstance(error, DeadlineExceeded):
             log.error("%s cannot be run again", record.id, exc_info=error)
         service.records.give_up(record, "failed", problem_of(error))
-        return
+        return True
     if record.ended is not None:  # cancelled or removed in the meantime, or overdue
         await to_thread.run_sync(job.cancel)
+    return True
 
 
 def restored(stored: StoredJob) -> Record:

@@ -106,7 +106,7 @@ class Service:
         """
         loop, engine, store = asyncio.get_running_loop(), self.open_engine(), self.records.store
 
-        def admit() -> None:
+        def admit() -> Job:
             data = None if submission is None or store is None else submission()
             if store is not None and data and store.submitted_bytes() + len(data) > self.limits.kept_bytes:
                 words = "the requests that wait already fill the space that there is for them"
@@ -124,18 +124,21 @@ class Service:
                     raise Refusal(507, "no_space", f"the request cannot be kept: {error}") from error
                 record.lasting = True
             self.records.listen(record, job, loop)  # from here on the store is told how it goes
+            return job
 
+        record.release = request.release
         self.records.add(record)
         try:
-            await to_thread.run_sync(admit)
+            job = await to_thread.run_sync(admit)
         except BaseException as error:
             record.leave()  # who found it in the meantime
+            record.let_go()
             self.records.remove(record)
             if isinstance(error, (StoreClosedError, Cancelled)):  # the server has begun to stop in the meantime
                 raise Refusal(503, "not_ready", self.why_not_ready() or str(error), _SOON) from error
             raise
-        if record.ended is not None and record.job is not None:  # cancelled before the engine had it
-            await to_thread.run_sync(record.job.cancel)
+        if record.ended is not None:  # cancelled before the engine had it, or done
+            await to_thread.run_sync(job.cancel)
         if record.lasting and record not in self.records:  # deleted before the store had it: there was nothing to erase
             await self.records.erase(record)
 
@@ -166,7 +169,6 @@ class Service:
             check=partial(check_outputs, limits=self.limits, family=engine.front.family),
         )
         record.job, record.seed = job, int(str(request.parameters["seed"]))  # the engine has checked it
-        record.pictures = request.pictures
         return job
 
     async def forget(self, record: Record) -> None:

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -45,7 +45,8 @@ class Spool:
         _sweep(Path(tempfile.gettempdir()))
         self._temporary = TemporaryDirectory(prefix=_PREFIX)
         self._mine: int | None = os.open(self._temporary.name, os.O_RDONLY)
-        fcntl.flock(self._mine, fcntl.LOCK_EX)
+        with suppress(OSError):  # where files cannot be locked, nothing is swept either
+            fcntl.flock(self._mine, fcntl.LOCK_EX)
         self._lasting: set[str] = set()
         self._sizes: dict[str, int] = {}
         self._making: dict[str, dict[str, threading.Lock]] = {}  # of each result, by the suffix of what is made of it
@@ -218,8 +219,8 @@ def _sweep(parent: Path) -> None:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if time.time() > os.fstat(opened).st_mtime + _YOUNG:
                 shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            pass  # it is being used
+        except OSError:
+            pass  # it is being used, or nobody can tell
         finally:
             os.close(opened)
 

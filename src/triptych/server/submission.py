@@ -10,7 +10,8 @@ import re
 import struct
 from collections.abc import Mapping
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 from weakref import WeakSet
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -114,8 +115,15 @@ def request_of(submission: Submission, limits: Limits, *, transparency: bool = F
         ParameterError: a value is not of a kind that HTTP carries, or is more than the limits allow.
         Refusal: there is no room for its pictures now.
     """
+    with Pictures(limits, transparency) as pictures:
+        request = _request_of(submission, limits, pictures)
+    request.lora_folders = limits.lora_folders
+    request.release = pictures.release
+    return request
+
+
+def _request_of(submission: Submission, limits: Limits, pictures: Pictures) -> Request:
     values: dict[str, Any] = {}
-    pictures = Pictures(limits, transparency)
     for name, value in submission.parameters.items():
         if value is not None and PICTURE.search(name):
             values[name] = (
@@ -147,10 +155,7 @@ def request_of(submission: Submission, limits: Limits, *, transparency: bool = F
         values["exact"] = False
     if values.get("seed") is None:
         values["seed"] = draw_seed()
-    request = Request(**values)
-    request.lora_folders = limits.lora_folders
-    request.pictures = pictures
-    return request
+    return Request(**values)
 
 
 def check_outputs(settled: Mapping[str, Any], limits: Limits, family: Family) -> None:
@@ -202,10 +207,13 @@ def upright(opened: Image, *, transparency: bool) -> Image:
 
 
 class Pictures:
-    """Opens the pictures of one request, and counts what they take. Their room is held for as long as this object lives."""
+    """Opens the pictures of one request, and counts what they take of the room for those of all requests.
 
-    _all: WeakSet[Pictures] = WeakSet()
-    _lock = Lock()
+    As a context: has it released where something goes wrong. Whoever forgets to release it holds the room until it is gone.
+    """
+
+    _all: ClassVar[WeakSet[Pictures]] = WeakSet()
+    _lock: ClassVar[Lock] = Lock()
 
     def __init__(self, limits: Limits, transparency: bool = False) -> None:
         self.limits, self.transparency = limits, transparency
@@ -213,6 +221,18 @@ class Pictures:
         self.pixels = 0
         with self._lock:
             self._all.add(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None:
+            self.release()
+
+    def release(self) -> None:
+        """Give the room back."""
+        with self._lock:
+            self._all.discard(self)
 
     def open(self, name: str, value: JsonValue) -> Image:
         """Return a picture, `upright`."""
@@ -243,15 +263,16 @@ class Pictures:
 
     def _take_room(self, name: str, width: int, height: int) -> None:
         """Count a picture that is about to be decoded."""
-        self.pixels += width * height
-        if self.pixels > self.limits.pixels:
+        pixels = self.pixels + width * height
+        if pixels > self.limits.pixels:
             accepted = f"at most {self.limits.pixels} pixels in all are accepted"
             raise ParameterError(name, f"{width}x{height}", accepted)
         with self._lock:
             held = sum(each.pixels for each in self._all if each is not self)
-        if held and held + self.pixels > self.limits.waiting_pixels:
-            words = "the pictures of the requests that have not ended fill the memory that there is for them"
-            raise Refusal(429, "overloaded", words, {"Retry-After": "10"})
+            if held and held + pixels > self.limits.waiting_pixels:
+                words = "the pictures of the requests that have not ended fill the memory that there is for them"
+                raise Refusal(429, "overloaded", words, {"Retry-After": "10"})
+            self.pixels = pixels
 
 
 def _check_plain(name: str, value: JsonValue, limits: Limits, depth: int) -> None:

@@ -7,7 +7,6 @@ from functools import partial
 
 from fastapi import APIRouter, FastAPI, Header, Response
 
-from triptych.engine.job import Job
 from triptych.server import traces
 from triptych.server.metrics import Metrics, Responses
 from triptych.server.phases import phases
@@ -29,9 +28,9 @@ class Telemetry:
         self._service = service
         service.records.observers.append(self.watch)
 
-    def watch(self, job: Job | None) -> Callable[[Record], None]:
-        """Return what is to be called at the end of a job's record; asked for where its HTTP request is answered."""
-        return partial(self._ended, job, traces.parent.get())
+    def watch(self) -> Callable[[Record], None]:
+        """Return what is to be called at the end of a record; asked for where its HTTP request is answered."""
+        return partial(self._ended, traces.parent.get())
 
     def close(self) -> None:
         """Send what has not been sent; waits for the collector for some seconds."""
@@ -56,11 +55,10 @@ class Telemetry:
 
         return router
 
-    def _ended(self, job: Job | None, traceparent: str | None, record: Record) -> None:
-        engine, events = self._service.engine, record.events if job is None else list(job.events())
+    def _ended(self, traceparent: str | None, record: Record) -> None:
+        engine = self._service.engine
         recipe = [] if engine is None else engine.front.family.recipe
-        timings = job.result().timings if job is not None and job.status == "done" else {}
-        past = phases(events, timings, {name: stage.role.value for name, stage in recipe})
-        self.metrics.ended(record.status, events, past)
+        past = phases(record.events, record.timings, {name: stage.role.value for name, stage in recipe})
+        self.metrics.ended(record.status, record.events, past)
         if self.traces is not None:
-            self.traces.ended(record, events, past, traceparent)
+            self.traces.ended(record, past, traceparent)

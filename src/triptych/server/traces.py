@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,6 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import triptych
-from triptych.engine.job import Event
 from triptych.server.phases import Phase
 from triptych.server.records import Record
 
@@ -63,7 +62,7 @@ class Traces:
         self._provider = provider
         self._tracer = provider.get_tracer("triptych", triptych.__version__)
 
-    def ended(self, record: Record, events: Sequence[Event], past: Iterable[Phase], traceparent: str | None) -> None:
+    def ended(self, record: Record, past: Iterable[Phase], traceparent: str | None) -> None:
         """Tell of a request; it is a child of whatever its caller was doing."""
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -73,10 +72,10 @@ class Traces:
             "request",
             context=caller,
             kind=SpanKind.SERVER,
-            start_time=_ns(events[0].time),
+            start_time=_ns(record.events[0].time),
             attributes={"triptych.request.id": record.id, "triptych.outcome": record.status},
         )
-        for event in events:
+        for event in record.events:
             if event.kind == "retried":
                 told = {"triptych.role": str(event.details["role"]), "triptych.reason": str(event.details["reason"])}
                 root.add_event("retried", told, _ns(event.time))
@@ -94,7 +93,7 @@ class Traces:
         if record.status == "failed":
             reason = None if record.error is None else record.error.message
             root.set_status(Status(StatusCode.ERROR, reason))
-        root.end(_ns(events[-1].time))
+        root.end(_ns(record.events[-1].time))
 
     def close(self) -> None:
         """Send what has not been sent."""

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import mimetypes
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import starlette.responses
 from PIL import Image
 from serving import Caller, engine, idle, served, settled
 
@@ -415,7 +415,7 @@ def test_the_kind_of_a_picture_with_an_address_is_told_where_the_system_knows_no
     answer = client.images.generate(
         prompt="a fox", response_format="url", output_format="webp", extra_body={"num_inference_steps": 1}
     )
-    monkeypatch.setattr(mimetypes, "guess_type", lambda *_, **__: (None, None))
+    monkeypatch.setattr(starlette.responses, "guess_type", lambda *_, **__: (None, None))
     assert answer.data is not None
     assert httpx.get(str(answer.data[0].url)).headers["content-type"] == "image/webp"
 
