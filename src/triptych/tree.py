@@ -1,9 +1,9 @@
 """A tree of values as JSON and the tensors that it refers to: what a state's fields become on the wire.
 
 Plain values stand for themselves and everything else is an object with one key, the tag: `$tensor`,
-`$array`, `$scalar`, `$bytes` ([tensor]), `$generator` ([tensor, device type]), `$image` ([tensor, mode, info] and of a palette its mode and colours),
-`$tuple`, `$size`, `$dtype`, `$int` (hex, beyond 64 bits), `$float` (16 hex digits: a NaN or an infinity). Keys of the
-caller's own that begin with `$` get a second one.
+`$array`, `$scalar`, `$bytes` ([tensor]), `$generator` ([tensor, device type]), `$image` ([tensor, mode, info], and
+where it has a palette that one's mode and colours), `$tuple`, `$size`, `$dtype`, `$int` (hex, beyond 64 bits), `$float`
+(16 hex digits: a NaN or an infinity). Keys of the caller's own that begin with `$` get a second one.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ class _Adapted:
 
 
 _WIDENING = "_maybe_expand_transformer_param_shape_or_error_"
-"""The method of FLUX.1's loader that makes a model's layers wider in place."""
+"""The method of FLUX.1's loader that makes a model's layers wider, for LoRAs that are: the model is others', too."""
 
 
 @cache
@@ -200,9 +200,7 @@ def _loader(oracle: type[Any], component: str, module: Any) -> Any:
         name: only_present(name, argument) for name, argument in methods.items() if hasattr(oracle, name)
     }
     members["lora_state_dict"] = classmethod(mine)
-    if hasattr(
-        oracle, _WIDENING
-    ):  # of the model itself, for LoRAs that take more than it has: no request may change it
+    if hasattr(oracle, _WIDENING):
         members[_WIDENING] = classmethod(lambda *_, **__: False)
     members["components"] = property(lambda self: {component: module})
     pipeline: Any = object.__new__(type(oracle.__name__, (oracle,), members))

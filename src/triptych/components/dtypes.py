@@ -78,8 +78,8 @@ def emulated() -> tuple[str, ...]:
 def checkpoint_dtype(repository: Repository, component: str) -> str | None:
     """Return the floating-point dtype that most of a component's bytes have, by its headers; None without headers.
 
-    What a quantiser keeps beside its weights does not count. Floats of 8 bits do not count, as nothing is computed in them; where there are no others, it is float32, which
-    diffusers makes of them unless told otherwise.
+    What a quantiser keeps beside its weights does not count. Nor do floats of 8 bits, as nothing is computed in them; where
+    there are no others, it is float32, which diffusers makes of them unless told otherwise.
     """
     count: Counter[str] = Counter()
     for tensor in repository.tensors(component).values():

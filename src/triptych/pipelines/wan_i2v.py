@@ -323,6 +323,6 @@ def check_last_image(image: Any, last_image: Any, transformer: Any, *, per_token
             raise ParameterError("last_image", None, "this model makes a video from its first and its last frame")
     elif per_token or (transformer.image_dim is not None and transformer.pos_embed_seq_len is None):
         raise ParameterError("last_image", last_image, "this model makes a video from its first frame only")
-    elif transformer.image_dim is not None and isinstance(image, torch.Tensor) > isinstance(last_image, torch.Tensor):
-        # One call makes the embeddings of both.
+    embedded = last_image is not None and transformer.image_dim is not None
+    if embedded and isinstance(image, torch.Tensor) and not isinstance(last_image, torch.Tensor):  # by one call
         raise ParameterError("last_image", type(last_image).__name__, "a tensor is accepted, as the first frame is one")

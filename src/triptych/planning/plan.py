@@ -159,7 +159,8 @@ class _Counter:
             try:
                 self._bytes[key] = self._draw(name, need, dtype).nbytes
             except CannotLoadByKey as reason:
-                self._bytes[key] = self.repository.stored_bytes(name)
+                held = sum(tensor.nbytes for tensor in self.repository.tensors(name).values())
+                self._bytes[key] = held or self.repository.stored_bytes(name)  # of pickles only the size is known
                 self._note(f"{name} is loaded whole, by what its files hold: {reason}")
         return self._bytes[key]
 
