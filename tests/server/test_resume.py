@@ -28,6 +28,7 @@ import triptych
 from triptych import embedded
 from triptych.engine.base import Engine
 from triptych.errors import Cancelled
+from triptych.server import resume
 from triptych.server.jobs import JobStore, StoredJob, is_ours
 from triptych.server.limits import Limits
 from triptych.server.openai.video_order import order_of
@@ -278,20 +279,26 @@ def test_requests_of_before_are_run_though_others_have_taken_every_place(
         assert wait(client, is_done)["status"] == "completed"
 
 
+def stored_with_a_picture(engine: Engine, folder: Path) -> tuple[JobStore, dict[str, Any]]:
+    """A job store with one video of a server before, which begins with a picture; and what it is told of."""
+    file = io.BytesIO()
+    Image.new("RGB", (48, 32)).save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    order = order_of(order_fields({**QUICK, "input_reference": {"image_url": url}}), engine, Limits())
+    assert order.request.release is not None
+    order.request.release()  # of the one that was looked at to write it down
+    store = JobStore(folder)
+    job = StoredJob("video_1", engine.front.fingerprint, "videos", 7, time.time(), order.told)
+    store.add(job, order.submission.model_dump_json().encode())
+    return store, dict(order.told)
+
+
 def test_a_request_of_before_waits_until_there_is_room_for_its_pictures(
     wan_i2v: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Pictures, "_all", WeakSet())
-    file = io.BytesIO()
-    Image.new("RGB", (48, 32)).save(file, "PNG")
-    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    order = order_of(order_fields({**QUICK, "input_reference": {"image_url": url}}), wan_i2v, Limits())
-    store = JobStore(tmp_path / "state")
-    job = StoredJob("video_1", wan_i2v.front.fingerprint, "videos", 7, time.time(), order.told)
-    store.add(job, order.submission.model_dump_json().encode())
-    assert order.request.release is not None
-    order.request.release()  # of the one that was looked at to write it down
-    job = StoredJob("video_2", wan_i2v.front.fingerprint, "videos", 7, time.time(), {**order.told, "fps": 8.0})
+    store, told = stored_with_a_picture(wan_i2v, tmp_path / "state")
+    job = StoredJob("video_2", wan_i2v.front.fingerprint, "videos", 7, time.time(), {**told, "fps": 8.0})
     store.add(job, b'{"parameters": {"prompt": "a fox"}}')
     others = Pictures(Limits())
     others.pixels = Limits().waiting_pixels
@@ -303,6 +310,33 @@ def test_a_request_of_before_waits_until_there_is_room_for_its_pictures(
         others.release()
         assert wait(client, is_done)["status"] == "completed"
     assert not Pictures._all
+
+
+def test_a_request_of_before_that_is_cancelled_while_it_is_read_holds_no_room(
+    wan_i2v: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go_on, read = threading.Event(), threading.Event(), threading.Event()
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        entered.set()
+        assert go_on.wait(30)
+        request = request_of(*args, **options)
+        read.set()
+        return request
+
+    monkeypatch.setattr(Pictures, "_all", WeakSet())
+    store, _ = stored_with_a_picture(wan_i2v, tmp_path / "state")
+    monkeypatch.setattr(resume, "request_of", slowly)
+    with serving(wan_i2v, None, store) as client:
+        assert entered.wait(30)
+        httpx.post(f"{client.root}/v1/requests/video_1/cancel")
+        go_on.set()
+        assert read.wait(30)
+        end = time.monotonic() + 30
+        while len(wan_i2v.router) or any(each.pixels for each in Pictures._all):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert wait(client, is_done)["error"]["code"] == "cancelled"
 
 
 def test_a_request_that_a_closing_engine_refuses_is_left_to_the_next_server(
