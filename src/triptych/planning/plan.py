@@ -118,8 +118,7 @@ def plan(
         process: {name: counter.count(name, need) for name, need in family.needs(held, chosen).items()}
         for process, held in processes.items()
     }
-    used = set().union(*roles.values())
-    whole = {name: counter.whole(name, used=name in used) for name in family.repository.components}
+    whole = {name: counter.whole(name) for name in family.repository.components}
     ordered = [task for task in family.tasks if task in chosen]
     return Plan(family.repository.name, family.repository.family, ordered, roles, whole, counter.notes)
 
@@ -140,13 +139,11 @@ class _Counter:
         dtype = self._dtype_of(name)
         return ComponentPlan(str(need), self._count(name, need), dtype, self._count(name, Need.FULL))
 
-    def whole(self, name: str, *, used: bool) -> int:
-        """Return all bytes of a component, which is counted by its files where no role uses it and it cannot be built."""
+    def whole(self, name: str) -> int:
+        """Return all bytes of a component, by its files where it cannot be built; those that roles use were counted before."""
         try:
             return self.count(name, Need.FULL).bytes
         except ModelError as error:
-            if used:
-                raise
             self._note(f"{name} is used by no role, and counted by its files: {error}")
             return self.repository.stored_bytes(name)
 
