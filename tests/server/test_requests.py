@@ -323,10 +323,9 @@ def test_what_is_refused_holds_no_room(caller: Caller, monkeypatch: pytest.Monke
     assert held() == 0
 
 
-@pytest.mark.usefixtures("room")
-def test_a_request_that_is_cancelled_while_it_is_admitted_holds_no_room_and_does_not_run(
-    caller: Caller, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def slow_to_admit(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """The engine admits nothing until the second event is set; the first tells that it was asked to."""
     assert idle()
     entered, go_on = threading.Event(), threading.Event()
     submit = engine().submit
@@ -337,6 +336,14 @@ def test_a_request_that_is_cancelled_while_it_is_admitted_holds_no_room_and_does
         return submit(request, **more)
 
     monkeypatch.setattr(engine(), "submit", slow)
+    return entered, go_on
+
+
+@pytest.mark.usefixtures("room")
+def test_a_request_that_is_cancelled_while_it_is_admitted_holds_no_room_and_does_not_run(
+    caller: Caller, slow_to_admit: tuple[threading.Event, threading.Event]
+) -> None:
+    entered, go_on = slow_to_admit
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(caller.submit, {**LONG, "image": data_url()})
         assert entered.wait(30)
@@ -468,16 +475,10 @@ def test_an_error_nobody_expected_is_500_in_the_same_form(caller: Caller, monkey
     assert response.headers["connection"] == "close"  # the server drops it: nobody may send the next request into it
 
 
-def test_an_engine_that_is_slow_to_admit_holds_up_nobody_else(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, go_on = threading.Event(), threading.Event()
-    submit = engine().submit
-
-    def slow(request: Any, **more: Any) -> Any:
-        entered.set()
-        assert go_on.wait(30)
-        return submit(request, **more)
-
-    monkeypatch.setattr(engine(), "submit", slow)
+def test_an_engine_that_is_slow_to_admit_holds_up_nobody_else(
+    caller: Caller, slow_to_admit: tuple[threading.Event, threading.Event]
+) -> None:
+    entered, go_on = slow_to_admit
     poster = threading.Thread(target=caller.submit, args=(QUICK,))
     poster.start()
     assert entered.wait(30)
