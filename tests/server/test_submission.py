@@ -133,9 +133,9 @@ def test_a_picture_whose_exif_data_cannot_be_read_is_refused_by_name() -> None:
     assert caught.value.field == "image"
 
 
-def in_base64(side: int, format: str = "PNG") -> str:
+def in_base64(side: int, format: str = "PNG", mode: str = "RGB") -> str:
     file = io.BytesIO()
-    Image.new("RGB", (side, side)).save(file, format)
+    Image.new(mode, (side, side)).save(file, format)
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -168,9 +168,7 @@ def test_the_pictures_of_all_requests_that_have_not_ended_are_bounded_before_the
 
 def test_transparency_is_kept_for_those_that_see_it() -> None:
     for mode, seen in (("RGBA", "RGBA"), ("LA", "RGBA"), ("RGB", "RGB"), ("L", "RGB")):
-        file = io.BytesIO()
-        Image.new(mode, (8, 8)).save(file, "PNG")
-        sent = Submission(parameters={"image": base64.b64encode(file.getvalue()).decode()})
+        sent = Submission(parameters={"image": in_base64(8, mode=mode)})
         for transparency, expected in ((True, seen), (False, "RGB")):
             opened: Any = request_of(sent, Limits(), transparency=transparency).parameters["image"]
             assert opened.mode == expected, mode

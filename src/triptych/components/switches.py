@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -169,9 +169,7 @@ def _offload(module: Any, _: str, device: torch.device | None) -> None:
     if is_hollow(module):
         return
     dtype: torch.dtype = module.dtype
-    # diffusers makes its stream on the thread's own card, wherever the weights are to go.
-    card = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with unused_aside(module), card:
+    with unused_aside(module), on_card(device):
         apply_group_offloading(
             module,
             onload_device=device,
@@ -180,6 +178,15 @@ def _offload(module: Any, _: str, device: torch.device | None) -> None:
             use_stream=device.type == "cuda",
         )
     settle(module, device, lambda: dtype)
+
+
+def on_card(device: torch.device) -> AbstractContextManager[object]:
+    """Let this thread be on a device's card for a while.
+
+    diffusers makes the stream that brings weights, and waits for computations, on the card that its thread is on, wherever
+    the weights are to go.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _needs_accelerator(device: torch.device) -> None:

@@ -21,13 +21,13 @@ from triptych.components.interruption import watch
 from triptych.components.loading import load_component
 from triptych.components.need import Need
 from triptych.components.repository import Repository
+from triptych.components.switches import on_card
 from triptych.errors import ParameterError, UsageError, WireError, WrongRoleError
 from triptych.pipelines.base import Family
 from triptych.pipelines.registry import open_family
 from triptych.request import Request, fill_in, split_prompts
 from triptych.result import Result, is_plain
 from triptych.roles import WORKERS, RoleType, parse_roles, role_name
-from triptych.runtime import streams
 from triptych.runtime.accelerated import Accelerated
 from triptych.runtime.segment import OnStep, Segment, finish, run_segment
 from triptych.stages.base import Stage, Undeclared
@@ -142,7 +142,7 @@ class Model:
         state = self.admit(work) if isinstance(work, Request) else work.copy()
         self.check_turn(state)
         while state.next_role in self.roles:
-            with streams.on(self.device):
+            with on_card(self.device):
                 finish(self.segment(state, on_step))
         return state
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,11 +30,6 @@ def enter(stream: torch.cuda.Stream | None) -> None:
     """Let this thread compute on a stream from now on, and on its device where none is named."""
     if stream is not None:
         torch.cuda.set_stream(stream)
-
-
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Let this thread compute on a device for a while, where none is named: libraries ask for the one that it is on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def wait(device: torch.device) -> None:

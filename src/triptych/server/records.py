@@ -171,6 +171,7 @@ class Records:
 
     def add(self, record: Record) -> None:
         """Remember a record."""
+        record.observers = [observe() for observe in self.observers]
         self._records[record.id] = record
 
     def listen(self, record: Record, job: Job, loop: asyncio.AbstractEventLoop) -> None:
@@ -182,8 +183,6 @@ class Records:
             except RuntimeError:
                 pass  # the loop is closed: the server has gone before the request ended
 
-        if record.ended is None:
-            record.observers += [observe() for observe in self.observers]
         job.listen(hear)
 
     def position(self, record: Record) -> int:
@@ -258,7 +257,6 @@ class Records:
             event = Event(len(record.events), kind, time.time(), details)
             if record.lasting:
                 self._start(self._note(record, event, record.error))
-            record.observers = record.observers or [observe() for observe in self.observers]
             record.publish(event)
 
     async def _note(self, record: Record, event: Event, problem: Problem | None = None) -> None:
